@@ -1,0 +1,205 @@
+"""The conversion: a plan that knows every byte of the output, then its execution.
+
+Planning reads headers only and refuses bad input before a byte of output exists. Execution writes to
+`TARGET.partial`, syncs, and gives the folder its name last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ckptbridge.converters.copying import sum_nbytes
+from ckptbridge.converters.errors import BadInputError
+from ckptbridge.converters.hf_folder import INDEX, SINGLE
+from ckptbridge.converters.mapping import check_names_and_shapes, unpacked
+from ckptbridge.converters.mcore.args import megatron_notes
+from ckptbridge.converters.mcore.torch_dist_reader import TRACKER
+from ckptbridge.converters.mcore.torch_dist_writer import TorchDistWriter
+from ckptbridge.converters.model import HF_SIDE_FOLDER, Model
+from ckptbridge.converters.output import OutputFile, Piece
+from ckptbridge.converters.parallel_layout import ParallelLayout
+from ckptbridge.converters.safetensors_header import make_header
+from ckptbridge.converters.tensors import Checkpoint, LazyTensor, cast
+
+GIGABYTE = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions:
+    """How to convert. Sizes are bytes; `dtype` of None keeps each tensor's own."""
+
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    dtype: torch.dtype | None = None
+    per_layer_keys: bool = False
+    target_mcore: tuple[int, int] | None = None
+    max_file_size: int = 5 * GIGABYTE
+    max_shard_size: int = 5 * GIGABYTE
+    max_ram: int = 1 << 30
+    workers: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
+    resume: bool = False
+    overwrite: bool = False
+    receipt: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionPlan:
+    """All that will be written. `files` hold tensors; `small` are files whose bytes are known; `copies` are copied."""
+
+    source: Model
+    target: Path
+    to: Literal["hf", "torch_dist"]
+    options: ConvertOptions
+    files: tuple[OutputFile, ...]
+    small: tuple[tuple[str, bytes], ...]
+    copies: tuple[tuple[Path, str], ...]
+    notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Tensor bytes that will be written."""
+        return sum_nbytes(self.files)
+
+    @property
+    def peak_ram(self) -> int:
+        """An upper bound of the memory that blocks and rows take, in bytes, beside the interpreter and torch."""
+        return min(self.options.max_ram, self.options.workers * (64 << 20))
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan for machines: files, routes, notes."""
+        return {
+            "source": str(self.source.path),
+            "source_format": self.source.format,
+            "target": str(self.target),
+            "target_format": self.to,
+            "family": self.source.family.name,
+            "tensors_in": len(self.source.sources),
+            "tensors_out": sum(len(file.pieces) for file in self.files),
+            "nbytes": self.nbytes,
+            "peak_ram": self.peak_ram,
+            "files": {file.name: file.size for file in self.files},
+            "other_files": [name for name, _ in self.small] + [name for _, name in self.copies],
+            "notes": list(self.notes),
+            "routes": {move.name: list(move.hf) for move in self.source.family.moves(self.source.config)},
+        }
+
+
+def plan_conversion(
+    source: Model, target: Path, to: Literal["hf", "torch_dist"], options: ConvertOptions | None = None
+) -> ConversionPlan:
+    """Everything that a conversion will write, from headers alone.
+
+    Raises BadInputError or NotSupportedError when the model cannot be written so; nothing has been written then.
+    """
+    options = options or ConvertOptions()
+    expected = {move.name: move.shape for move in source.family.moves(source.config)}
+    check_names_and_shapes(expected, source.tensors, str(source.path))
+    tensors = {name: _cast(tensor, options.dtype) for name, tensor in source.tensors.items()}
+    return (_plan_hf if to == "hf" else _plan_torch_dist)(source, target, tensors, options)
+
+
+def _cast(tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
+    return tensor if dtype is None or not tensor.dtype.is_floating_point else cast(tensor, dtype)
+
+
+def _plan_hf(source: Model, target: Path, tensors: Checkpoint, options: ConvertOptions) -> ConversionPlan:
+    hf = unpacked(source.family, source.config, tensors)
+    shards = _shards(hf, options.max_shard_size)
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    )
+    files = tuple(_safetensors_file(name, shard) for name, shard in zip(names, shards, strict=True))
+    small: list[tuple[str, bytes]] = []
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(tensor.nbytes for tensor in hf.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        small.append((INDEX, (json.dumps(index, indent=2) + "\n").encode()))
+    config_copy, config_file = config_json(source, options.dtype)
+    return ConversionPlan(
+        source=source,
+        target=target,
+        to="hf",
+        options=options,
+        files=files,
+        small=(*small, *config_file),
+        copies=(*((asset, asset.name) for asset in source.assets), *config_copy),
+        notes=source.notes,
+    )
+
+
+def _plan_torch_dist(source: Model, target: Path, tensors: Checkpoint, options: ConvertOptions) -> ConversionPlan:
+    options.layout.check(source.config)
+    writer = TorchDistWriter(
+        family=source.family,
+        config=source.config,
+        layout=options.layout,
+        dtype=options.dtype or source.dtype,
+        max_file_size=options.max_file_size,
+        per_layer_keys=options.per_layer_keys,
+        target_mcore=options.target_mcore,
+    )
+    writer.add_model(tensors)
+    plan = writer.plan({"ckptbridge": {"family": source.family.name}})
+    config_copy, config_file = config_json(source, options.dtype)
+    return ConversionPlan(
+        source=source,
+        target=target,
+        to="torch_dist",
+        options=options,
+        files=tuple(_within("release", file) for file in plan.files),
+        small=(
+            *((f"{HF_SIDE_FOLDER}/{name}", data) for name, data in config_file),
+            *((f"release/{name}", data) for name, data in plan.last),
+            (TRACKER, b"release"),
+        ),
+        copies=tuple(
+            (path, f"{HF_SIDE_FOLDER}/{name}")
+            for path, name in (*((asset, asset.name) for asset in source.assets), *config_copy)
+        ),
+        notes=(*source.notes, *megatron_notes(source.config)),
+    )
+
+
+def _within(folder: str, file: OutputFile) -> OutputFile:
+    return replace(file, name=f"{folder}/{file.name}")
+
+
+def config_json(source: Model, dtype: torch.dtype | None) -> tuple[list[tuple[Path, str]], list[tuple[str, bytes]]]:
+    """config.json as a copy when it is unchanged, as bytes when it had to be made."""
+    if dtype in (None, source.dtype) and source.hf_config_file is not None:
+        return [(source.hf_config_file, "config.json")], []
+    config = dict(source.hf_config)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype or source.dtype).removeprefix("torch.")
+    return [], [("config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())]
+
+
+def _safetensors_file(name: str, tensors: Mapping[str, LazyTensor]) -> OutputFile:
+    header, offsets = make_header(tensors)
+    pieces = [Piece(tensor_name, offsets[tensor_name], tensor) for tensor_name, tensor in tensors.items()]
+    size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+    return OutputFile(name, size, pieces, [(0, header)])
+
+
+def _shards(tensors: Checkpoint, limit: int) -> list[dict[str, LazyTensor]]:
+    """Tensors in order, a new shard when the next one would exceed the size, as `save_pretrained` does."""
+    if limit < 1:
+        raise BadInputError(f"max_shard_size is {limit}: it must be at least 1 byte")
+    shards: list[dict[str, LazyTensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards

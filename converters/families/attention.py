@@ -1,0 +1,135 @@
+"""Rows and fields that several families share. A family is a concatenation of these, never an override."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from ckptbridge.converters.fields import FieldRow, Must, Pair, same
+from ckptbridge.converters.layout import COPY, GATED, QKV, ROW, VOCAB
+from ckptbridge.converters.mapping import Param
+from ckptbridge.converters.model_config import ModelConfig
+
+M, H = "decoder.layers.{layer}", "model.layers.{layer}"
+
+MODEL_ENDS = (
+    Param("embedding.word_embeddings.weight", "model.embed_tokens.weight", VOCAB),
+    Param("decoder.final_layernorm.weight", "model.norm.weight", COPY),
+    Param(
+        "output_layer.weight",
+        "lm_head.weight",
+        VOCAB,
+        when=lambda config, layer: not config.share_embeddings_and_output_weights,
+    ),
+)
+
+ATTENTION = (
+    Param(f"{M}.self_attention.linear_qkv.layer_norm_weight", f"{H}.input_layernorm.weight", COPY),
+    Param(
+        f"{M}.self_attention.linear_qkv.weight",
+        (f"{H}.self_attn.q_proj.weight", f"{H}.self_attn.k_proj.weight", f"{H}.self_attn.v_proj.weight"),
+        QKV,
+    ),
+    Param(f"{M}.self_attention.linear_proj.weight", f"{H}.self_attn.o_proj.weight", ROW),
+)
+
+QKV_BIAS = (
+    Param(
+        f"{M}.self_attention.linear_qkv.bias",
+        (f"{H}.self_attn.q_proj.bias", f"{H}.self_attn.k_proj.bias", f"{H}.self_attn.v_proj.bias"),
+        QKV,
+        when=lambda config, layer: config.add_qkv_bias,
+    ),
+)
+
+QK_NORM = (
+    Param(f"{M}.self_attention.q_layernorm.weight", f"{H}.self_attn.q_norm.weight", COPY),
+    Param(f"{M}.self_attention.k_layernorm.weight", f"{H}.self_attn.k_norm.weight", COPY),
+)
+
+
+def _is_dense(config: ModelConfig, layer: int) -> bool:
+    return not config.is_moe_layer(layer)
+
+
+DENSE_MLP = (
+    Param(f"{M}.mlp.linear_fc1.layer_norm_weight", f"{H}.post_attention_layernorm.weight", COPY, when=_is_dense),
+    Param(
+        f"{M}.mlp.linear_fc1.weight",
+        (f"{H}.mlp.gate_proj.weight", f"{H}.mlp.up_proj.weight"),
+        GATED,
+        when=_is_dense,
+    ),
+    Param(f"{M}.mlp.linear_fc2.weight", f"{H}.mlp.down_proj.weight", ROW, when=_is_dense),
+)
+
+
+def moe_mlp(block: str, gate_proj: str, up_proj: str, down_proj: str) -> tuple[Param, ...]:
+    """Router and experts under `block`, e.g. mlp or block_sparse_moe, with the family's names of the three matrices."""
+    expert = f"{H}.{block}.experts.{{expert}}"
+    mcore = f"{M}.mlp.experts.experts.{{expert}}"
+    return (
+        Param(
+            f"{M}.pre_mlp_layernorm.weight",
+            f"{H}.post_attention_layernorm.weight",
+            COPY,
+            when=ModelConfig.is_moe_layer,
+        ),
+        Param(f"{M}.mlp.router.weight", f"{H}.{block}.gate.weight", COPY, when=ModelConfig.is_moe_layer),
+        Param(
+            f"{mcore}.linear_fc1.weight",
+            (f"{expert}.{gate_proj}.weight", f"{expert}.{up_proj}.weight"),
+            GATED,
+            when=ModelConfig.is_moe_layer,
+        ),
+        Param(f"{mcore}.linear_fc2.weight", f"{expert}.{down_proj}.weight", ROW, when=ModelConfig.is_moe_layer),
+    )
+
+
+SHARED_EXPERT = (
+    Param(
+        f"{M}.mlp.shared_experts.linear_fc1.weight",
+        (f"{H}.mlp.shared_expert.gate_proj.weight", f"{H}.mlp.shared_expert.up_proj.weight"),
+        GATED,
+        when=ModelConfig.is_moe_layer,
+    ),
+    Param(
+        f"{M}.mlp.shared_experts.linear_fc2.weight",
+        f"{H}.mlp.shared_expert.down_proj.weight",
+        ROW,
+        when=ModelConfig.is_moe_layer,
+    ),
+    Param(
+        f"{M}.mlp.shared_experts.gate_weight",
+        f"{H}.mlp.shared_expert_gate.weight",
+        COPY,
+        when=ModelConfig.is_moe_layer,
+    ),
+)
+
+
+def _hidden_over_heads(hf: dict[str, Any]) -> int:
+    return hf["hidden_size"] // hf["num_attention_heads"]
+
+
+SIZE_FIELDS: tuple[FieldRow, ...] = (
+    Pair("num_hidden_layers", "num_layers"),
+    same("hidden_size"),
+    same("num_attention_heads"),
+    Pair("num_key_value_heads", "num_query_groups", default=lambda hf: hf["num_attention_heads"]),
+    same("vocab_size"),
+    same("max_position_embeddings", 4096),
+    Pair("tie_word_embeddings", "share_embeddings_and_output_weights", default=False),
+    Pair("initializer_range", "init_method_std", default=0.02),
+    Must("hidden_act", "silu"),
+    Must("attention_dropout", 0.0),
+)
+
+HEAD_DIM = Pair("head_dim", "kv_channels", default=_hidden_over_heads)
+
+MOE_FIELDS: tuple[FieldRow, ...] = (
+    Pair("num_experts_per_tok", "moe_router_topk"),
+    Pair("router_aux_loss_coef", "moe_aux_loss_coeff", default=0.001),
+)
+
+NORM_TOPK_PROB = Pair("norm_topk_prob", "moe_router_pre_softmax", default=False, convert=(operator.not_, operator.not_))

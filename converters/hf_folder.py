@@ -1,0 +1,118 @@
+"""A Hugging Face folder: its config, its tensors by header alone, and the files that travel beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ckptbridge.converters.errors import BadInputError, NotSupportedError, StorageError
+from ckptbridge.converters.safetensors_header import read_header
+from ckptbridge.converters.tensors import Checkpoint, LazyTensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+ASSET_NAMES = (
+    *(
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+    ),
+    *(
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "preprocessor_config.json",
+    ),
+    *("tekken.json", "spiece.model", "LICENSE", "LICENSE.txt", "NOTICE", "README.md"),
+)
+"""What a model needs beside its weights, and what its licence asks to keep: copied byte for byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class HfFolder:
+    path: Path
+    config: dict[str, Any]
+    tensors: Checkpoint
+    assets: tuple[Path, ...]
+
+
+def open_hf_folder(folder: Path) -> HfFolder:
+    """Open a folder as `save_pretrained` writes it. Reads config.json, the index and the headers, no tensor.
+
+    Raises BadInputError naming the file (and tensor) for anything missing, truncated or contradictory.
+    """
+    return HfFolder(folder, read_json(folder / "config.json"), _tensors(folder), find_assets(folder))
+
+
+def find_assets(folder: Path) -> tuple[Path, ...]:
+    """The tokenizer and generation files of a folder."""
+    return tuple(folder / name for name in ASSET_NAMES if (folder / name).is_file())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises BadInputError when it is missing or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInputError(f"{path}: the file is missing") from error
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{path}: no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BadInputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def _tensors(folder: Path) -> Checkpoint:
+    if (folder / INDEX).exists():
+        return _indexed(folder)
+    if (folder / SINGLE).exists():
+        return dict(read_header(folder / SINGLE))
+    others = sorted(p.name for p in folder.glob("*.safetensors"))
+    if others:
+        raise BadInputError(
+            f"{folder}: found {', '.join(others[:4])} but neither {SINGLE} nor {INDEX}: the index is missing"
+        )
+    if any(folder.glob("*.bin")):
+        raise NotSupportedError(f"{folder}: the weights are pickles (*.bin); save them as safetensors first")
+    raise BadInputError(f"{folder}: found neither {SINGLE} nor {INDEX}")
+
+
+def _indexed(folder: Path) -> Checkpoint:
+    index = folder / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInputError(f"{index}: weight_map is missing or empty")
+    names: dict[str, Any] = weight_map  # pyright: ignore[reportUnknownVariableType]
+    for name, file in names.items():
+        if not isinstance(file, str) or not file or PurePosixPath(file).name != file or "\\" in file:
+            raise BadInputError(
+                f"{index}: tensor {name!r} is said to be in {file!r}, which is no file name within the folder"
+            )
+    headers: dict[str, dict[str, Any]] = {}
+    claimed: dict[str, str] = {}
+    for file in sorted(set(names.values())):
+        if not (folder / file).is_file():
+            owner = next(n for n, f in names.items() if f == file)
+            raise BadInputError(f"{index}: tensor {owner!r} is said to be in {file}, which is missing from {folder}")
+        headers[file] = dict(read_header(folder / file))
+        for name in headers[file]:
+            if name in claimed:
+                raise BadInputError(f"{folder}: tensor {name!r} stands in both {claimed[name]} and {file}")
+            claimed[name] = file
+    found: dict[str, LazyTensor] = {}
+    for name, file in names.items():
+        if name not in headers[file]:
+            raise BadInputError(f"{index}: tensor {name!r} is said to be in {file}, which does not hold it")
+        found[name] = headers[file][name]
+    if extra := [n for n in claimed if n not in names]:
+        raise BadInputError(f"{folder / claimed[extra[0]]}: tensor {extra[0]!r} is not named by {INDEX}")
+    return found

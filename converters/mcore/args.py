@@ -1,0 +1,231 @@
+"""The run's arguments inside a Megatron checkpoint, to and from ModelConfig.
+
+Megatron-LM compares some of them on load, copies others with `--use-checkpoint-args`, and fails where one that
+it reads is absent (megatron-core 0.19, training/checkpointing.py and argument_utils.py).
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from ckptbridge.converters.errors import BadInputError, NotSupportedError
+from ckptbridge.converters.model_config import Llama3RopeScaling, ModelConfig
+from ckptbridge.converters.parallel_layout import ParallelLayout
+
+MEGATRON_ROPE_SCALING = Llama3RopeScaling(factor=8.0)
+"""What pretrain_gpt.py computes whatever --rope-scaling-factor says: only the switch is forwarded."""
+
+_SAME = (
+    *(
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+    ),
+    *("max_position_embeddings", "add_qkv_bias", "qk_layernorm", "init_method_std", "moe_router_topk"),
+    *("moe_router_pre_softmax", "moe_shared_expert_gate", "moe_aux_loss_coeff"),
+)
+"""Fields that have one name in ModelConfig and in Megatron's arguments."""
+
+
+def make_args(
+    config: ModelConfig,
+    *,
+    padded_vocab_size: int,
+    layout: ParallelLayout,
+    dtype: torch.dtype,
+    ckpt_format: str,
+) -> Namespace:
+    """Arguments that `--use-checkpoint-args` accepts and that describe this model."""
+    rotary_base = int(config.rotary_base) if config.rotary_base == int(config.rotary_base) else config.rotary_base
+    freq = config.moe_layer_freq
+    values: dict[str, Any] = {name: getattr(config, name) for name in _SAME}
+    values |= {
+        "seq_length": config.max_position_embeddings,
+        "group_query_attention": True,
+        "position_embedding_type": "rope",
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": False,
+        "rotary_base": rotary_base,
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "rotary_seq_len_interpolation_factor": None,
+        "use_rope_scaling": config.rope_scaling is not None,
+        "rope_scaling_factor": config.rope_scaling.factor if config.rope_scaling else 8.0,
+        "window_size": (config.window_size - 1, 0) if config.window_size else None,
+        "add_bias_linear": False,
+        "swiglu": True,
+        "squared_relu": False,
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.layernorm_epsilon,
+        "apply_layernorm_1p": False,
+        "apply_query_key_layer_scaling": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "untie_embeddings_and_output_weights": not config.share_embeddings_and_output_weights,
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": padded_vocab_size,
+        "make_vocab_size_divisible_by": 128,
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "tokenizer_model": None,
+        "num_experts": config.num_moe_experts,
+        "moe_layer_freq": list(freq) if isinstance(freq, tuple) else freq,
+        "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": config.moe_shared_expert_intermediate_size,
+        "moe_router_score_function": "softmax",
+        "moe_router_enable_expert_bias": False,
+        "moe_router_topk_scaling_factor": None,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_router_dtype": "fp32" if config.num_moe_experts else None,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": config.num_moe_experts is not None,
+        "mtp_num_layers": None,
+        "spec": None,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "ckpt_format": ckpt_format,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "num_layers_per_virtual_pipeline_stage": None,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.expert_tp,
+        "context_parallel_size": 1,
+        "data_parallel_random_init": False,
+        "iteration": 0,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+    }
+    return Namespace(**values)
+
+
+_MUST: dict[str, tuple[Any, ...]] = {
+    "normalization": ("RMSNorm",),
+    "position_embedding_type": ("rope",),
+    "swiglu": (True,),
+    "squared_relu": (False, None),
+    "add_bias_linear": (False,),
+    "rotary_percent": (1.0, None),
+    "rotary_interleaved": (False, None),
+    "rotary_seq_len_interpolation_factor": (None,),
+    "apply_layernorm_1p": (False, None),
+    "multi_latent_attention": (False, None),
+    "moe_router_score_function": ("softmax", None),
+    "moe_router_enable_expert_bias": (False, None),
+    "moe_router_topk_scaling_factor": (None, 1.0),
+    "moe_latent_size": (None,),
+    "mtp_num_layers": (None, 0),
+    "window_attn_skip_freq": (None,),
+}
+"""Arguments that change the computation, and the values that this version computes."""
+
+
+def config_from_args(args: Namespace, where: str) -> ModelConfig:
+    """The model that a checkpoint's arguments describe.
+
+    Raises NotSupportedError naming an argument whose value is not supported, BadInputError naming one that
+    is missing.
+    """
+    for name, known in _MUST.items():
+        if hasattr(args, name) and getattr(args, name) not in known:
+            raise NotSupportedError(f"{where}: args.{name} is {getattr(args, name)!r}; supported: {known[0]!r}")
+
+    def get(name: str, default: Any = ...) -> Any:
+        value = getattr(args, name, None)
+        if value is None and default is ...:
+            raise BadInputError(f"{where}: args.{name} is missing; give the model's config.json with --hf-config")
+        return default if value is None else value
+
+    experts = get("num_experts", None)
+    window = get("window_size", None)
+    heads = get("num_attention_heads")
+    freq = get("moe_layer_freq", 1)
+    ffn = get("ffn_hidden_size", 4 * get("hidden_size"))
+    return ModelConfig(
+        num_layers=get("num_layers"),
+        hidden_size=get("hidden_size"),
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=get("num_query_groups", heads) if get("group_query_attention", False) else heads,
+        kv_channels=get("kv_channels", get("hidden_size") // heads),
+        vocab_size=get("vocab_size", None) or get("padded_vocab_size"),
+        max_position_embeddings=get("max_position_embeddings", 4096),
+        layernorm_epsilon=get("norm_epsilon", 1e-5),
+        rotary_base=float(get("rotary_base", 10000)),
+        rope_scaling=Llama3RopeScaling(factor=get("rope_scaling_factor", 8.0))
+        if get("use_rope_scaling", False)
+        else None,
+        window_size=window[0] + 1 if window else None,
+        share_embeddings_and_output_weights=not get("untie_embeddings_and_output_weights", False),
+        add_qkv_bias=bool(get("add_qkv_bias", False)),
+        qk_layernorm=bool(get("qk_layernorm", False)),
+        init_method_std=get("init_method_std", 0.02),
+        num_moe_experts=experts,
+        moe_ffn_hidden_size=(get("moe_ffn_hidden_size", None) or ffn) if experts else None,
+        moe_layer_freq=tuple(freq) if isinstance(freq, list | tuple) else int(freq),
+        moe_router_topk=get("moe_router_topk", 2),
+        moe_router_pre_softmax=bool(get("moe_router_pre_softmax", False)),
+        moe_shared_expert_intermediate_size=get("moe_shared_expert_intermediate_size", None),
+        moe_shared_expert_gate=bool(get("moe_shared_expert_gate", False)),
+        moe_aux_loss_coeff=float(get("moe_aux_loss_coeff", 0.0)) if experts else 0.0,
+    )
+
+
+STRUCTURE = (
+    *(
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "layernorm_epsilon",
+    ),
+    *("rotary_base", "window_size", "share_embeddings_and_output_weights", "add_qkv_bias", "qk_layernorm"),
+    *("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax"),
+    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
+)
+"""Fields in which a config.json and a checkpoint's arguments must agree: they are the computation."""
+
+
+def check_agreement(from_hf: ModelConfig, from_args: ModelConfig, hf_where: str, args_where: str) -> None:
+    """Raises BadInputError naming every field in which config.json and the arguments contradict each other."""
+    wrong = [
+        f"  {name}: {getattr(from_hf, name)!r} in {hf_where}, {getattr(from_args, name)!r} in the args of {args_where}"
+        for name in STRUCTURE
+        if getattr(from_hf, name) != getattr(from_args, name)
+        and not (name.startswith("moe_") and from_hf.num_moe_experts is None)
+    ]
+    if wrong:
+        raise BadInputError("the config.json and the checkpoint's arguments describe two models:\n" + "\n".join(wrong))
+
+
+def megatron_notes(config: ModelConfig) -> list[str]:
+    """What Megatron-LM cannot be told, or silently computes otherwise, for this model."""
+    notes: list[str] = []
+    if config.rope_scaling not in (None, MEGATRON_ROPE_SCALING):
+        notes.append(
+            f"rope scaling is {config.rope_scaling}, but pretrain_gpt.py always computes {MEGATRON_ROPE_SCALING}: "
+            "the weights are right, Megatron-LM's positions beyond the original context are not"
+        )
+    if config.layernorm_epsilon != 1e-5:
+        notes.append(
+            f"layernorm epsilon is {config.layernorm_epsilon}; --use-checkpoint-args does not copy it: "
+            f"pass --norm-epsilon {config.layernorm_epsilon}"
+        )
+    if config.qk_layernorm:
+        notes.append("q and k are normalised; --use-checkpoint-args does not copy that: pass --qk-layernorm")
+    if config.moe_shared_expert_gate:
+        notes.append(
+            "the shared expert is gated; --use-checkpoint-args does not copy that: pass --moe-shared-expert-gate"
+        )
+    if config.window_size:
+        notes.append(
+            f"attention is windowed; --use-checkpoint-args does not copy that: pass --window-size {config.window_size - 1},0"
+        )
+    return notes

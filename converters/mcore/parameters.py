@@ -1,0 +1,65 @@
+"""The parameters of a model in an opened Megatron checkpoint: every key used, none missing, or refused."""
+
+from __future__ import annotations
+
+from ckptbridge.converters.errors import BadInputError
+from ckptbridge.converters.fold import folded
+from ckptbridge.converters.mapping import Family
+from ckptbridge.converters.mcore.keys import Address, address_of
+from ckptbridge.converters.mcore.torch_dist_reader import TorchDistFolder
+from ckptbridge.converters.model_config import ModelConfig
+from ckptbridge.converters.tensors import LazyTensor, rows
+
+OPTIMIZER_PREFIX = "optimizer."
+
+
+def parameters_of(
+    folder: TorchDistFolder, family: Family, config: ModelConfig, prefix: str = ""
+) -> dict[str, LazyTensor]:
+    """The tensors under `prefix` by parameter name, one a layer and expert; the vocabulary without its padding.
+
+    The empty prefix is the model itself; `optimizer.state.exp_avg.` is a moment of Adam. Raises BadInputError
+    that lists every missing and unexpected key and every shape that the config contradicts.
+    """
+    keys = {
+        key.removeprefix(prefix)
+        for key in folder.tensors
+        if (key.startswith(prefix) if prefix else not key.startswith(OPTIMIZER_PREFIX))
+    }
+    per_layer = any(key.startswith("decoder.layers.0.") for key in keys)
+    used: set[str] = set()
+    missing: list[str] = []
+    wrong: set[str] = set()
+    tensors: dict[str, LazyTensor] = {}
+    for move in family.moves(config):
+        address = _spelled(address_of(move.name, config, per_layer_keys=per_layer), keys)
+        if address.key not in keys:
+            missing.append(move.name)
+            continue
+        used.add(address.key)
+        whole = folder.tensors[prefix + address.key]
+        expected = (*address.axes, *move.shape)
+        padded = move.layout.is_vocab and whole.shape[1:] == move.shape[1:] and whole.shape[:1] >= move.shape[:1]
+        if whole.shape != expected and not padded:
+            found = f"expected shape {list(expected)} from the config, found {list(whole.shape)}"
+            wrong.add(f"  {prefix}{address.key}: {found}")
+            continue
+        part = whole.part(address.index)
+        tensors[move.name] = rows(part, 0, move.shape[0]) if padded else part
+    unexpected = sorted(keys - used)
+    if missing or unexpected or wrong:
+        lines = [f"{folder.path}: the tensors do not fit the config, so nothing was written"]
+        lines += [f"  {len(missing)} missing: {', '.join(folded(missing)[:12])}"] if missing else []
+        lines += [f"  {len(unexpected)} unexpected: {', '.join(folded(unexpected)[:12])}"] if unexpected else []
+        raise BadInputError("\n".join([*lines, *sorted(wrong)[:12]]))
+    return tensors
+
+
+_LOCAL_SPELLING = (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
+"""Megatron's local (non-TE) layer spec saves the norm before a mixture under the dense layer's name."""
+
+
+def _spelled(address: Address, keys: set[str]) -> Address:
+    if address.key in keys or not address.key.endswith(_LOCAL_SPELLING[0]):
+        return address
+    return Address(address.key.replace(*_LOCAL_SPELLING), address.index, address.axes)

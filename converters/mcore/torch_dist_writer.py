@@ -1,0 +1,226 @@
+"""Megatron-Core's `torch_dist` folder, planned before a tensor is read: every file, archive and offset.
+
+Files hold global tensors, so any layout loads them; the named layout decides how chunks are cut, so that a
+rank of that layout reads its own bytes and no others, and which series of files they go to.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import uuid
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # pyright: ignore[reportPrivateUsage]
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from ckptbridge.converters.layout import Box
+from ckptbridge.converters.mapping import Family, Move
+from ckptbridge.converters.mcore.args import make_args
+from ckptbridge.converters.mcore.keys import address_of, extra_state_keys
+from ckptbridge.converters.mcore.torch_dist_reader import COMMON_KEY
+from ckptbridge.converters.model_config import ModelConfig
+from ckptbridge.converters.output import OutputFile, Piece
+from ckptbridge.converters.parallel_layout import ParallelLayout
+from ckptbridge.converters.tensors import Checkpoint, LazyTensor, Zeros, columns, join_rows, rows
+from ckptbridge.converters.torch_archive import tensor_archive
+
+VOCAB_MULTIPLE = 128
+"""Megatron's --make-vocab-size-divisible-by, times the TP size."""
+_ALIGNMENT = 64
+
+
+@dataclass(slots=True, kw_only=True)
+class TorchDistPlan:
+    """Everything that a folder will hold. `files` carry tensors, `last` are small files in the order of writing."""
+
+    files: list[OutputFile]
+    last: list[tuple[str, bytes]]
+
+
+@dataclass(slots=True, kw_only=True)
+class TorchDistWriter:
+    """Collects tensors and objects and lays them out.
+
+    `per_layer_keys` forces the layer number into the keys; Megatron's own config asks for that when the
+    layers are not alike.
+    """
+
+    family: Family
+    config: ModelConfig
+    layout: ParallelLayout
+    dtype: torch.dtype
+    max_file_size: int
+    per_layer_keys: bool = False
+    target_mcore: tuple[int, int] | None = None
+    _open: dict[int, OutputFile] = field(default_factory=dict[int, OutputFile])
+    _files: list[OutputFile] = field(default_factory=list[OutputFile])
+    _tensors: dict[str, Any] = field(default_factory=dict[str, Any])
+    _storage: dict[Any, Any] = field(default_factory=dict[Any, Any])
+
+    @property
+    def padded_vocab_size(self) -> int:
+        multiple = VOCAB_MULTIPLE * self.layout.tp
+        return -(-self.config.vocab_size // multiple) * multiple
+
+    @property
+    def layers_in_keys(self) -> bool:
+        return self.per_layer_keys or not self.config.layers_are_alike
+
+    def add_model(self, tensors: Checkpoint, prefix: str = "") -> None:
+        """Every parameter of the model, by its name with layer and expert numbers. `prefix` opens the keys."""
+        for move in self.family.moves(self.config):
+            self._add_parameter(move, tensors[move.name], prefix)
+
+    def plan(
+        self,
+        common: Mapping[str, Any],
+        *,
+        args: Namespace | None = None,
+        iteration: int = 0,
+        content_metadata: Mapping[str, Any] | None = None,
+    ) -> TorchDistPlan:
+        """The files of everything that was added, with `common` beside the args and Megatron's own items."""
+        state: dict[str, Any] = {
+            "args": args or self.args(),
+            "checkpoint_version": 3.0,
+            "iteration": iteration,
+            "content_metadata": {**self._content_metadata(), **(content_metadata or {})},
+            **common,
+        }
+        self._add_extra_state()
+        first = self._series(0)
+        if self.target_mcore is None or self.target_mcore >= (0, 17):
+            self._add_object(first, [COMMON_KEY], _saved([state]))
+        last: list[tuple[str, bytes]] = []
+        if self.target_mcore is None or self.target_mcore < (0, 19):
+            last.append(("common.pt", _saved(state)))
+        last.append((".metadata", pickle.dumps(self._metadata())))
+        last.append(
+            (
+                "metadata.json",
+                json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode(),
+            )
+        )
+        return TorchDistPlan(files=self._files, last=last)
+
+    def args(self) -> Namespace:
+        """The arguments that describe this model and layout."""
+        return make_args(
+            self.config,
+            padded_vocab_size=self.padded_vocab_size,
+            layout=self.layout,
+            dtype=self.dtype,
+            ckpt_format="torch_dist",
+        )
+
+    def _content_metadata(self) -> dict[str, Any]:
+        forced = {"non_homogeneous_layers": True} if self.per_layer_keys and self.config.layers_are_alike else {}
+        return {"singleton_local_shards": False, "chained_optim_avoid_prefix": True, **forced}
+
+    def _add_parameter(self, move: Move, tensor: LazyTensor, prefix: str) -> None:
+        layout, config = self.layout, self.config
+        if move.layout.is_vocab and (extra := self.padded_vocab_size - tensor.shape[0]):
+            tensor = join_rows([tensor, Zeros((extra, *tensor.shape[1:]), tensor.dtype)])
+        stage = 0 if move.name.startswith("embedding.") else layout.pp - 1
+        if move.layer is not None:
+            stage = layout.stage_of_layer(move.layer, config.num_layers)
+        address = address_of(move.name, config, per_layer_keys=self.layers_in_keys)
+        size = layout.tp if move.expert is None else layout.expert_tp
+        ranks = move.layout.boxes(tensor.shape, config, size)
+        for tp_rank, boxes in enumerate(ranks if move.layout.tp is not None else ranks[:1]):
+            rank = (
+                layout.rank_of(stage, tp_rank)
+                if move.expert is None
+                else layout.rank_of_expert(stage, move.expert, config.num_moe_experts or 1, tp_rank)
+            )
+            for box in boxes:
+                self._add_chunk(rank, prefix + address.key, address.axes, address.index, tensor, box)
+
+    def _add_chunk(
+        self, rank: int, key: str, axes: tuple[int, ...], index: tuple[int, ...], tensor: LazyTensor, box: Box
+    ) -> None:
+        part = rows(tensor, box.row, box.row + box.rows)
+        corner: tuple[int, ...] = (box.row,) + (0,) * (len(tensor.shape) - 1)
+        if box.columns is not None:
+            part = columns(part, box.column, box.column + box.columns)
+            corner = (box.row, box.column)
+        offsets, sizes = (*index, *corner), (*(1 for _ in axes), *part.shape)
+        archive = tensor_archive(sizes, tensor.dtype)
+        file = self._series(rank, archive.size)
+        at = -(-file.size // _ALIGNMENT) * _ALIGNMENT
+        name = f"{key}@{','.join(map(str, offsets))}"
+        file.pieces.append(Piece(name, at + archive.data_offset, part, partial(archive.frame, at)))
+        file.size = at + archive.size
+        entry = self._tensors.setdefault(
+            key,
+            TensorStorageMetadata(
+                properties=TensorProperties(dtype=tensor.dtype),
+                size=torch.Size((*axes, *tensor.shape)),
+                chunks=[],
+            ),
+        )
+        self._storage[MetadataIndex(key, torch.Size(offsets), len(entry.chunks))] = _StorageInfo(
+            file.name, at, archive.size
+        )
+        entry.chunks.append(ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)))
+
+    def _add_extra_state(self) -> None:
+        """One empty tensor serves every key: what Transformer Engine itself saves outside fp8."""
+        keys = list(extra_state_keys(self.config, per_layer_keys=self.layers_in_keys))
+        self._add_object(self._series(0), keys, _saved([torch.empty(0, dtype=torch.uint8)]))
+
+    def _add_object(self, file: OutputFile, keys: Iterable[str], blob: bytes) -> None:
+        at = -(-file.size // _ALIGNMENT) * _ALIGNMENT
+        file.patches.append((at, blob))
+        file.size = at + len(blob)
+        for key in keys:
+            self._tensors[key] = BytesStorageMetadata()
+            self._storage[MetadataIndex(key)] = _StorageInfo(file.name, at, len(blob))
+
+    def _series(self, rank: int, nbytes: int = 0) -> OutputFile:
+        """The file that a rank's next bytes go to: a new one when they would exceed the size."""
+        file = self._open.get(rank)
+        if file is None or (file.pieces and file.size + nbytes > self.max_file_size):
+            count = 0 if file is None else int(file.name.split("_")[-1].split(".")[0]) + 1
+            file = OutputFile(f"__{rank}_{count}.distcp")
+            self._open[rank] = file
+            self._files.append(file)
+        return file
+
+    def _metadata(self) -> Metadata:
+        metadata = Metadata(
+            state_dict_metadata=self._tensors,
+            planner_data=None,
+            storage_data=self._storage,
+            storage_meta=StorageMeta(save_id=_plan_id(self._storage)),
+        )
+        if hasattr(metadata, "version") and metadata.version is None:
+            metadata.version = "1.0.0"
+        return metadata
+
+
+def _plan_id(storage: Mapping[Any, Any]) -> str:
+    """An id that follows from the plan, so that a resumed conversion ends with the same bytes."""
+    text = ";".join(f"{index.fqn}@{index.offset}={info.relative_path}:{info.offset}" for index, info in storage.items())
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, text))
+
+
+def _saved(value: Any) -> bytes:
+    out = io.BytesIO()
+    torch.save(value, out)
+    return out.getvalue()

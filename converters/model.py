@@ -1,0 +1,233 @@
+"""An opened checkpoint of any format: what the model is, and its parameters as lazy tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ckptbridge.converters.copying import digest_of
+from ckptbridge.converters.errors import BadInputError, NotSupportedError
+from ckptbridge.converters.fields import read_config, write_config
+from ckptbridge.converters.hf_folder import find_assets, open_hf_folder, read_json
+from ckptbridge.converters.mapping import Family, check_names_and_shapes, packed
+from ckptbridge.converters.mcore.args import check_agreement, config_from_args
+from ckptbridge.converters.mcore.keys import decoder_name
+from ckptbridge.converters.mcore.parameters import parameters_of
+from ckptbridge.converters.mcore.torch_dist_reader import (
+    TRACKER,
+    TorchDistFolder,
+    iteration_folder,
+    open_torch_dist,
+)
+from ckptbridge.converters.model_config import ModelConfig
+from ckptbridge.converters.registry import family_named, family_of, family_that_expresses
+from ckptbridge.converters.tensors import Checkpoint, Computed, LazyTensor
+
+Format = Literal["hf", "torch_dist"]
+HF_SIDE_FOLDER = "hf"
+"""Beside the weights of a Megatron checkpoint: config.json and tokenizer, also for --tokenizer-model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A checkpoint of which only headers were read.
+
+    `tensors` are named as Megatron-Core names its parameters, with layer and expert numbers; `sources` are the
+    same bytes as the files hold them, for digests.
+    """
+
+    path: Path
+    format: Format
+    family: Family
+    config: ModelConfig
+    tensors: Checkpoint
+    sources: Checkpoint
+    dtype: torch.dtype
+    hf_config: dict[str, Any]
+    hf_config_file: Path | None
+    """The file that `hf_config` is, byte for byte, if it is one."""
+    assets: tuple[Path, ...]
+    iteration: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def detect_format(path: Path) -> Format:
+    """What a folder holds. Raises BadInputError for a missing folder, NotSupportedError for a known other format."""
+    if not path.exists():
+        raise BadInputError(f"{path}: no such folder")
+    if not path.is_dir():
+        raise BadInputError(f"{path}: expected a folder, found a file")
+    if path.name.endswith(".partial"):
+        raise BadInputError(f"{path}: a conversion that did not finish; run it again with --resume")
+    if (path / TRACKER).exists() or (path / ".metadata").exists() or (path / "metadata.json").exists():
+        folder = iteration_folder(path)
+        if any(folder.glob("mp_rank_*")):
+            raise NotSupportedError(f"{folder}: the legacy format (mp_rank_*) is not supported yet; torch_dist is")
+        return "torch_dist"
+    if (path / "config.json").exists() or any(path.glob("*.safetensors")):
+        return "hf"
+    raise BadInputError(
+        f"{path}: no checkpoint: expected config.json with *.safetensors (Hugging Face), or {TRACKER} (Megatron)"
+    )
+
+
+def open_model(path: Path, *, hf_config: Path | None = None, ignore_config_fields: Iterable[str] = ()) -> Model:
+    """Open a Hugging Face or Megatron-Core checkpoint and check its names and shapes against its config.
+
+    `hf_config` is a config.json (or its folder) for a Megatron checkpoint that has none beside it.
+    Raises BadInputError or NotSupportedError naming file and tensor; nothing but headers is read.
+    """
+    if detect_format(path) == "hf":
+        return _open_hf(path, ignore_config_fields)
+    return _open_torch_dist(path, hf_config, ignore_config_fields)
+
+
+def _open_hf(path: Path, ignore: Iterable[str]) -> Model:
+    folder = open_hf_folder(path)
+    where = str(path / "config.json")
+    family = family_of(folder.config, where)
+    config = read_config(family.fields, folder.config, where, ignore)
+    expected = {n: s for m in family.moves(config) for n, s in zip(m.hf, m.hf_shapes, strict=True)}
+    ignored = {name.format(layer=layer) for name in family.ignored for layer in range(config.num_layers)}
+    notes: list[str] = []
+    found = dict(folder.tensors)
+    if "lm_head.weight" in found and "lm_head.weight" not in expected:
+        notes.append(_drop_tied_head(path, found))
+    check_names_and_shapes(expected, found, str(path), ignored)
+    sources = {name: tensor for name, tensor in found.items() if name not in ignored}
+    return Model(
+        path=path,
+        format="hf",
+        family=family,
+        config=config,
+        tensors=packed(family, config, sources),
+        sources=sources,
+        dtype=_main_dtype(sources.values()),
+        hf_config=folder.config,
+        hf_config_file=path / "config.json",
+        assets=folder.assets,
+        notes=tuple(notes),
+    )
+
+
+def _drop_tied_head(path: Path, found: dict[str, LazyTensor]) -> str:
+    head, embedding = found.pop("lm_head.weight"), found.get("model.embed_tokens.weight")
+    if embedding is None or head.shape != embedding.shape or digest_of(head) != digest_of(embedding):
+        raise BadInputError(
+            f"{path}: tie_word_embeddings is true in config.json, but lm_head.weight differs from "
+            "model.embed_tokens.weight; transformers would ignore it. Set tie_word_embeddings to false or remove the tensor"
+        )
+    return "lm_head.weight is a copy of the tied embedding: it is not carried over"
+
+
+def _open_torch_dist(path: Path, hf_config: Path | None, ignore: Iterable[str]) -> Model:
+    folder = open_torch_dist(iteration_folder(path))
+    hf_file = _hf_config_file(path, folder.path, hf_config)
+    args, where = folder.args, str(folder.path)
+    if hf_file is not None:
+        raw = read_json(hf_file)
+        family = family_of(raw, str(hf_file))
+        config = read_config(family.fields, raw, str(hf_file), ignore)
+        if args is not None:
+            check_agreement(config, config_from_args(args, where), str(hf_file), where)
+    elif args is not None:
+        config = config_from_args(args, where)
+        known: Any = folder.common.get("ckptbridge")
+        family = family_named(known["family"]) if isinstance(known, dict) else family_that_expresses(config, where)  # pyright: ignore
+        raw = {
+            "architectures": [family.architecture],
+            "model_type": family.name,
+            **write_config(family.fields, config),
+        }
+    else:
+        raise BadInputError(f"{where}: holds no args that describe the model; give its config.json with --hf-config")
+    tensors = parameters_of(folder, family, config)
+    dtype = _main_dtype(tensors.values())
+    if hf_file is None:
+        raw["dtype"] = str(dtype).removeprefix("torch.")
+    iteration = folder.common.get("iteration", 0)
+    return Model(
+        path=path,
+        format="torch_dist",
+        family=family,
+        config=config,
+        tensors=tensors,
+        sources=_saved_chunks(folder),
+        dtype=dtype,
+        hf_config=raw,
+        hf_config_file=hf_file,
+        assets=find_assets(hf_file.parent) if hf_file else (),
+        iteration=iteration if isinstance(iteration, int) else 0,
+    )
+
+
+def _hf_config_file(path: Path, folder: Path, given: Path | None) -> Path | None:
+    if given is not None:
+        file = given / "config.json" if given.is_dir() else given
+        if not file.is_file():
+            raise BadInputError(f"{file}: --hf-config names no file")
+        return file
+    candidates = (path / HF_SIDE_FOLDER, folder / HF_SIDE_FOLDER, folder.parent / HF_SIDE_FOLDER)
+    return next((c / "config.json" for c in candidates if (c / "config.json").is_file()), None)
+
+
+def _saved_chunks(folder: TorchDistFolder) -> dict[str, LazyTensor]:
+    return {
+        f"{key}@{','.join(map(str, chunk.offsets))}": whole.saved(chunk)
+        for key, whole in folder.tensors.items()
+        if not key.startswith("optimizer.")
+        for chunk in whole.chunks
+    }
+
+
+def decoder_tensors(tensors: Checkpoint, config: ModelConfig) -> Checkpoint:
+    """The same parameters as the decoder holds them: the experts of a layer stacked on dim 0."""
+    stacked: dict[str, list[LazyTensor]] = {}
+    for name, tensor in tensors.items():
+        stacked.setdefault(decoder_name(name), []).append(tensor)
+    return {name: _stack(parts) if ".experts.experts." in name else parts[0] for name, parts in stacked.items()}
+
+
+def expert_tensors(stacked: Checkpoint, family: Family, config: ModelConfig) -> Checkpoint:
+    """The inverse of `decoder_tensors`: one name an expert."""
+    tensors: dict[str, LazyTensor] = {}
+    for move in family.moves(config):
+        whole = stacked[decoder_name(move.name)]
+        tensors[move.name] = whole if move.expert is None else _entry(whole, move.expert)
+    return tensors
+
+
+def _stack(parts: list[LazyTensor]) -> LazyTensor:
+    return Computed(
+        (len(parts), *parts[0].shape),
+        parts[0].dtype,
+        lambda start, stop: torch.stack([part.read() for part in parts[start:stop]]),
+    )
+
+
+def _entry(whole: LazyTensor, index: int) -> LazyTensor:
+    return Computed(whole.shape[1:], whole.dtype, lambda start, stop: whole.read_rows(index, index + 1)[0, start:stop])
+
+
+def _main_dtype(tensors: Iterable[LazyTensor]) -> torch.dtype:
+    """The dtype that holds most bytes."""
+    nbytes: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        nbytes[tensor.dtype] += tensor.nbytes
+    return nbytes.most_common(1)[0][0]
+
+
+def count_parameters(tensors: Mapping[str, LazyTensor], config: ModelConfig) -> tuple[int, int]:
+    """(all parameters, those that a token meets: top-k of the experts)."""
+    total = active = 0
+    for name, tensor in tensors.items():
+        count = tensor.nbytes // tensor.dtype.itemsize
+        total += count
+        share = config.moe_router_topk / (config.num_moe_experts or 1) if ".experts.experts." in name else 1.0
+        active += round(count * share)
+    return total, active

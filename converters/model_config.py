@@ -1,0 +1,102 @@
+"""What a model is, in Megatron-Core's words: the one value that tables, layouts and the decoder share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ckptbridge.converters.errors import BadInputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3RopeScaling:
+    """Llama 3.1's frequency scaling: low frequencies are divided by `factor`, high ones kept."""
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only model. Field names and meanings are those of Megatron-Core's TransformerConfig.
+
+    Raises BadInputError when built with values that no model can have.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int = 4096
+    layernorm_epsilon: float = 1e-5
+    rotary_base: float = 10000.0
+    rope_scaling: Llama3RopeScaling | None = None
+    window_size: int | None = None
+    """How many tokens a token attends to, itself included; None is all before it."""
+    share_embeddings_and_output_weights: bool = False
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    init_method_std: float = 0.02
+
+    num_moe_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    moe_layer_freq: int | tuple[int, ...] = 1
+    """1: every layer is a mixture; a tuple holds a 1 for each layer that is one, a 0 for each dense layer."""
+    moe_router_topk: int = 2
+    moe_router_pre_softmax: bool = False
+    """True: softmax over all experts, then top-k, weights as they are. False: the top-k weights sum to one."""
+    moe_shared_expert_intermediate_size: int | None = None
+    moe_shared_expert_gate: bool = False
+    moe_aux_loss_coeff: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "vocab_size",
+        ):
+            if getattr(self, name) < 1:
+                raise BadInputError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.num_attention_heads % self.num_query_groups:
+            raise BadInputError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
+            )
+        if isinstance(self.moe_layer_freq, tuple) and len(self.moe_layer_freq) != self.num_layers:
+            raise BadInputError(
+                f"moe_layer_freq names {len(self.moe_layer_freq)} layers, but the model has {self.num_layers}"
+            )
+        if self.num_moe_experts is not None:
+            if not self.moe_ffn_hidden_size:
+                raise BadInputError("a model with experts needs moe_ffn_hidden_size, the width of one expert")
+            if not 1 <= self.moe_router_topk <= self.num_moe_experts:
+                raise BadInputError(
+                    f"moe_router_topk is {self.moe_router_topk}: it must lie between 1 and num_moe_experts {self.num_moe_experts}"
+                )
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether decoder layer `layer` (counted from 0) holds a mixture of experts."""
+        if self.num_moe_experts is None:
+            return False
+        if isinstance(self.moe_layer_freq, tuple):
+            return self.moe_layer_freq[layer] == 1
+        return layer % self.moe_layer_freq == 0
+
+    @property
+    def layers_are_alike(self) -> bool:
+        """Whether Megatron stacks the layers under one key.
+
+        It does unless `moe_layer_freq` is a list or an integer above 1 (megatron-core 0.19,
+        `TransformerBlock.sharded_state_dict`), even when such a list happens to hold ones only.
+        """
+        return self.num_moe_experts is None or self.moe_layer_freq == 1
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_attention_heads // self.num_query_groups

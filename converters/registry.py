@@ -1,0 +1,58 @@
+"""Which family a checkpoint belongs to: by config.json's `architectures`, or by what Megatron's args describe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckptbridge.converters.errors import NotSupportedError
+from ckptbridge.converters.families.llama import LLAMA
+from ckptbridge.converters.families.mistral import MISTRAL
+from ckptbridge.converters.families.mixtral import MIXTRAL
+from ckptbridge.converters.families.qwen2 import QWEN2
+from ckptbridge.converters.families.qwen2_moe import QWEN2_MOE
+from ckptbridge.converters.families.qwen3 import QWEN3
+from ckptbridge.converters.families.qwen3_moe import QWEN3_MOE
+from ckptbridge.converters.fields import write_config
+from ckptbridge.converters.mapping import Family
+from ckptbridge.converters.model_config import ModelConfig
+
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE)
+"""In the order in which a Megatron checkpoint without a config.json is tried: the first that can express it wins."""
+
+
+def family_of(hf_config: dict[str, Any], where: str) -> Family:
+    """The family of a config.json. Raises NotSupportedError with the list of known architectures."""
+    names = hf_config.get("architectures") or []
+    kind = hf_config.get("model_type")
+    for family in FAMILIES:
+        if family.architecture in names or (not names and kind == family.name):
+            return family
+    known = ", ".join(f.architecture for f in FAMILIES)
+    raise NotSupportedError(
+        f"{where}: architectures is {names} and model_type {kind!r}; known are {known}. "
+        "CONTRIBUTING.md tells how to add a family in four steps"
+    )
+
+
+def family_named(name: str) -> Family:
+    """The family of this name. Raises NotSupportedError with the list of names."""
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise NotSupportedError(f"family {name!r} is not known; known are {', '.join(f.name for f in FAMILIES)}")
+
+
+def family_that_expresses(config: ModelConfig, where: str) -> Family:
+    """The first family whose Hugging Face class can say everything that `config` says.
+
+    Raises NotSupportedError with each family's reason.
+    """
+    reasons: list[str] = []
+    for family in FAMILIES:
+        try:
+            write_config(family.fields, config)
+        except NotSupportedError as error:
+            reasons.append(f"  {family.architecture}: {error}")
+        else:
+            return family
+    raise NotSupportedError("\n".join([f"{where}: no known Hugging Face class computes this model", *reasons]))

@@ -1,0 +1,269 @@
+"""A checkpoint is a mapping from names to tensors that have not been read yet.
+
+A lazy tensor knows its shape and dtype, reads any range of its rows, and says where its bytes lie when
+they only have to be moved. Cutting, joining and padding along rows keep that knowledge, so a converted
+tensor is still a list of byte ranges of the source files; casting and scaling give it up.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ckptbridge.converters.errors import BadInputError, StorageError
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`nbytes` bytes at `offset` of `path`; a path of None stands for zeros."""
+
+    path: Path | None
+    offset: int
+    nbytes: int
+
+
+class LazyTensor(ABC):
+    """A tensor that is described now and read later. Rows are indices of dim 0."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) as a contiguous CPU tensor of shape (stop - start, *shape[1:])."""
+
+    def extents(self) -> Sequence[Extent] | None:
+        """Where the bytes lie, in order, when the tensor is nothing but a sequence of stored bytes."""
+        return None
+
+    def read(self) -> Tensor:
+        """The whole tensor."""
+        return self.read_rows(0, self.shape[0]) if self.shape else self.read_rows(0, 1).reshape(())
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def row_nbytes(self) -> int:
+        return prod(self.shape[1:]) * self.dtype.itemsize
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({list(self.shape)}, {self.dtype})"
+
+
+Checkpoint = Mapping[str, LazyTensor]
+
+
+class Stored(LazyTensor):
+    """A contiguous tensor in a file: its bytes begin at `offset`."""
+
+    def __init__(self, path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.path, self.offset, self.shape, self.dtype = path, offset, shape, dtype
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        shape = (stop - start, *self.shape[1:])
+        buffer = torch.empty(shape, dtype=self.dtype)
+        if buffer.numel():
+            read_exactly(self.path, self.offset + start * self.row_nbytes, memoryview(_bytes_of(buffer).numpy()))
+        return buffer
+
+    def extents(self) -> Sequence[Extent]:
+        return (Extent(self.path, self.offset, self.nbytes),)
+
+
+class InMemory(LazyTensor):
+    """A tensor that is already here (a trained weight, a test's input)."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.shape, self.dtype = tensor.detach(), tuple(tensor.shape), tensor.dtype
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        rows = self.tensor[start:stop] if self.shape else self.tensor.reshape(1)
+        return rows.cpu().contiguous()
+
+
+class Computed(LazyTensor):
+    """A tensor made by a function of a row range: a drawn router, a cast, a scaled matrix."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, rows: Callable[[int, int], Tensor]) -> None:
+        self.shape, self.dtype, self._rows = shape, dtype, rows
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self._rows(start, stop).contiguous()
+
+
+class Zeros(LazyTensor):
+    """Rows that exist in no file: vocabulary padding, a shared expert that adds nothing."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return torch.zeros(stop - start, *self.shape[1:], dtype=self.dtype)
+
+    def extents(self) -> Sequence[Extent]:
+        return (Extent(None, 0, self.nbytes),)
+
+
+class Rows(LazyTensor):
+    """Row ranges of other tensors, one after the other. Made by `rows` and `join_rows`."""
+
+    def __init__(
+        self, pieces: Sequence[tuple[LazyTensor, int, int]], tail: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        self.pieces, self.dtype = pieces, dtype
+        self.shape = (sum(stop - start for _, start, stop in pieces), *tail)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        starts = [0]
+        for _, start, stop in self.pieces:
+            starts.append(starts[-1] + stop - start)
+        return starts
+
+    def cut(self, start: int, stop: int) -> Iterator[tuple[LazyTensor, int, int]]:
+        """The pieces that rows [start, stop) of this tensor are made of."""
+        for at, (base, first, last) in zip(self._starts, self.pieces, strict=False):
+            low, high = max(start - at, 0), min(stop - at, last - first)
+            if low < high:
+                yield base, first + low, first + high
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        parts = [base.read_rows(low, high) for base, low, high in self.cut(start, stop)]
+        if not parts:
+            return torch.empty(0, *self.shape[1:], dtype=self.dtype)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def extents(self) -> Sequence[Extent] | None:
+        found: list[Extent] = []
+        whole: dict[int, Sequence[Extent] | None] = {}
+        for base, start, stop in self.pieces:
+            if id(base) not in whole:
+                whole[id(base)] = base.extents()
+            extents = whole[id(base)]
+            if extents is None or len(extents) != 1:  # bases are never Rows, so a base that moves is one range
+                return None
+            path, offset, nbytes = (
+                extents[0].path,
+                extents[0].offset + start * self.row_nbytes,
+                (stop - start) * self.row_nbytes,
+            )
+            last = found[-1] if found else None
+            if last and last.path == path and (path is None or last.offset + last.nbytes == offset):
+                found[-1] = Extent(path, last.offset, last.nbytes + nbytes)
+            else:
+                found.append(Extent(path, offset if path else 0, nbytes))
+        return found
+
+
+def rows(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
+    """Rows [start, stop) of a tensor, nothing read."""
+    if (start, stop) == (0, tensor.shape[0]):
+        return tensor
+    return join_rows([tensor], [(start, stop)])
+
+
+def join_rows(tensors: Sequence[LazyTensor], ranges: Sequence[tuple[int, int]] | None = None) -> LazyTensor:
+    """Tensors (or a row range of each) stacked along dim 0. Raises BadInputError if widths or dtypes differ."""
+    first = tensors[0]
+    pieces: list[tuple[LazyTensor, int, int]] = []
+    for tensor, (start, stop) in zip(tensors, ranges or [(0, t.shape[0]) for t in tensors], strict=True):
+        if tensor.shape[1:] != first.shape[1:] or tensor.dtype != first.dtype:
+            raise BadInputError(f"cannot join {first!r} and {tensor!r}: widths or dtypes differ")
+        if not 0 <= start <= stop <= tensor.shape[0]:
+            raise BadInputError(f"rows {start} to {stop} do not lie within {tensor!r}")
+        new = tensor.cut(start, stop) if isinstance(tensor, Rows) else [(tensor, start, stop)]
+        for base, low, high in new:
+            if pieces and pieces[-1][0] is base and pieces[-1][2] == low:
+                pieces[-1] = (base, pieces[-1][1], high)
+            else:
+                pieces.append((base, low, high))
+    if len(pieces) == 1 and pieces[0][1:] == (0, pieces[0][0].shape[0]):
+        return pieces[0][0]
+    return Rows(pieces, first.shape[1:], first.dtype)
+
+
+def columns(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
+    """Columns [start, stop) of dim 1: bytes no longer lie together, so rows are read and cut."""
+    if (start, stop) == (0, tensor.shape[1]):
+        return tensor
+    shape = (tensor.shape[0], stop - start, *tensor.shape[2:])
+    return Computed(shape, tensor.dtype, lambda low, high: tensor.read_rows(low, high)[:, start:stop])
+
+
+def join_columns(tensors: Sequence[LazyTensor]) -> LazyTensor:
+    """Tensors side by side along dim 1."""
+    if len(tensors) == 1:
+        return tensors[0]
+    shape = (tensors[0].shape[0], sum(t.shape[1] for t in tensors), *tensors[0].shape[2:])
+    return Computed(shape, tensors[0].dtype, lambda low, high: torch.cat([t.read_rows(low, high) for t in tensors], 1))
+
+
+def reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+    """The same elements in another shape that keeps the rows whole or splits them evenly."""
+    if shape == tensor.shape:
+        return tensor
+    if isinstance(tensor, Stored):
+        return Stored(tensor.path, tensor.offset, shape, tensor.dtype)
+    if isinstance(tensor, Zeros):
+        return Zeros(shape, tensor.dtype)
+    return Reshaped(tensor, shape)
+
+
+class Reshaped(LazyTensor):
+    """A small tensor whose rows do not survive a reshape: it is read whole whenever a part is wanted."""
+
+    def __init__(self, tensor: LazyTensor, shape: tuple[int, ...]) -> None:
+        self.tensor, self.shape, self.dtype = tensor, shape, tensor.dtype
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.tensor.read().reshape(self.shape)[start:stop]
+
+
+def cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """The tensor in another dtype, rounded to nearest."""
+    if dtype == tensor.dtype:
+        return tensor
+    return Computed(tensor.shape, dtype, lambda low, high: tensor.read_rows(low, high).to(dtype))
+
+
+def scaled(tensor: LazyTensor, factor: float) -> LazyTensor:
+    """The tensor times a number, computed in fp32 and rounded once. A power of two loses nothing."""
+    if factor == 1.0:
+        return tensor
+    return Computed(
+        tensor.shape,
+        tensor.dtype,
+        lambda low, high: (tensor.read_rows(low, high).float() * factor).to(tensor.dtype),
+    )
+
+
+def read_exactly(path: Path, offset: int, buffer: memoryview) -> None:
+    """Fill `buffer` from a file. Raises BadInputError if the file ends first, StorageError if it cannot be read."""
+    view = buffer.cast("B")
+    try:
+        with path.open("rb", buffering=0) as file:
+            done = 0
+            while done < len(view):
+                count = os.preadv(file.fileno(), [view[done:]], offset + done)
+                if count == 0:
+                    raise BadInputError(
+                        f"{path}: the file ends at byte {offset + done}, but bytes {offset} to {offset + len(view)} are "
+                        "needed: it is truncated; copy or download it again"
+                    )
+                done += count
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

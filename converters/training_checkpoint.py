@@ -1,0 +1,136 @@
+"""Checkpoints of a run in progress: Megatron-Core's torch_dist with the optimizer beside the weights.
+
+The optimizer's tensors lie under `optimizer.state.{param,exp_avg,exp_avg_sq}.<model key>`, cut and stacked like
+the weight they belong to: megatron-core's `fully_reshardable` form (core/optimizer/distrib_optimizer.py, 0.19).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ckptbridge.converters.convert import GIGABYTE, config_json
+from ckptbridge.converters.copying import Copier, sync_folder, write_file
+from ckptbridge.converters.errors import BadInputError, StorageError
+from ckptbridge.converters.mcore.parameters import parameters_of
+from ckptbridge.converters.mcore.torch_dist_reader import TRACKER, iteration_folder, open_torch_dist
+from ckptbridge.converters.mcore.torch_dist_writer import TorchDistWriter
+from ckptbridge.converters.model import HF_SIDE_FOLDER, Model, decoder_tensors, expert_tensors, open_model
+from ckptbridge.converters.parallel_layout import ParallelLayout
+from ckptbridge.converters.tensors import Checkpoint, InMemory
+
+OPTIMIZER_STATES = ("param", "exp_avg", "exp_avg_sq")
+"""The fp32 main weight and Adam's two moments, in megatron-core's words."""
+
+_OWN = frozenset(("args", "checkpoint_version", "content_metadata", "iteration", "ckptbridge"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingCheckpoint:
+    """A saved step of a run: the model, the optimizer's tensors by decoder name, and the run's own items."""
+
+    model: Model
+    optimizer: Mapping[str, Checkpoint]
+    common: dict[str, Any]
+    iteration: int
+
+
+def save_training_checkpoint(
+    root: Path,
+    *,
+    model: Model,
+    iteration: int,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Mapping[str, Tensor]],
+    common: Mapping[str, Any],
+) -> Path:
+    """Write `root/iter_0000123`, then point the tracker at it. Returns the folder.
+
+    `weights` and each of `optimizer`'s states are by decoder name (experts stacked); `common` holds plain
+    Python values. The folder takes its name when it is whole: a killed save leaves `iter_*.partial` only.
+    Raises StorageError when the disk fails, BadInputError when the tensors do not fit the model's config.
+    """
+    if clash := _OWN & set(common):
+        raise BadInputError(f"common holds {sorted(clash)}, which the checkpoint writes itself")
+    unknown = set(optimizer) - set(OPTIMIZER_STATES)
+    if unknown:
+        raise BadInputError(f"optimizer holds {sorted(unknown)}; expected {OPTIMIZER_STATES}")
+    layout = ParallelLayout()
+    writer = TorchDistWriter(
+        family=model.family,
+        config=model.config,
+        layout=layout,
+        dtype=next(iter(weights.values())).dtype,
+        max_file_size=5 * GIGABYTE,
+    )
+    for prefix, tensors in (("", weights), *((f"optimizer.state.{name}.", t) for name, t in optimizer.items())):
+        held = {name: InMemory(tensor) for name, tensor in tensors.items()}
+        writer.add_model(expert_tensors(held, model.family, model.config), prefix)
+    args = writer.args()
+    args.iteration = iteration
+    plan = writer.plan(
+        {"ckptbridge": {"family": model.family.name}, **common},
+        args=args,
+        iteration=iteration,
+        content_metadata={"distrib_optim_sharding_type": "fully_reshardable"} if optimizer else None,
+    )
+    folder = root / f"iter_{iteration:07d}"
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        copier = Copier(partial, workers=1, max_ram=256 << 20, progress=None, total=0)
+        for file in plan.files:
+            copier.write(file)
+        for name, data in plan.last:
+            write_file(partial / name, data)
+        sync_folder(partial)
+        _write_hf_side(root, model)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        sync_folder(root)
+        write_file(root / TRACKER, str(iteration).encode())
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename or partial}: {error.strerror}. What was written lies in {partial}"
+        ) from error
+    return folder
+
+
+def _write_hf_side(root: Path, model: Model) -> None:
+    """config.json and tokenizer, so that the run's folder needs nothing else to become a Hugging Face model."""
+    side = root / HF_SIDE_FOLDER
+    side.mkdir(exist_ok=True)
+    copies, made = config_json(model, None)
+    for source, name in (*((asset, asset.name) for asset in model.assets), *copies):
+        if not (side / name).exists():
+            write_file(side / name, source.read_bytes())
+    for name, data in made:
+        write_file(side / name, data)
+
+
+def load_training_checkpoint(path: Path) -> TrainingCheckpoint:
+    """Open the newest checkpoint of a run's folder, or one iteration's folder; tensors are read when wanted.
+
+    Raises BadInputError when a file is missing or truncated, or tensors do not fit the config.
+    """
+    model = open_model(path)
+    folder = open_torch_dist(iteration_folder(path))
+    optimizer: dict[str, Checkpoint] = {}
+    for name in OPTIMIZER_STATES:
+        prefix = f"optimizer.state.{name}."
+        if any(key.startswith(prefix) for key in folder.tensors):
+            tensors = parameters_of(folder, model.family, model.config, prefix)
+            optimizer[name] = decoder_tensors(tensors, model.config)
+    return TrainingCheckpoint(
+        model=model,
+        optimizer=optimizer,
+        common={key: value for key, value in folder.common.items() if key not in _OWN},
+        iteration=model.iteration,
+    )
