@@ -23,7 +23,7 @@ from ckptbridge.converters.output import OutputFile, Piece
 from ckptbridge.converters.tensors import LazyTensor, read_exactly
 
 try:
-    from isal.isal_zlib import crc32  # 16 GB/s a core, against zlib's 2.4
+    from isal.isal_zlib import crc32  # pyright: ignore[reportUnknownVariableType] - 16 GB/s a core, against zlib's 2.4
 except ImportError:
     from zlib import crc32
 

@@ -76,7 +76,8 @@ def _prepare(plan: ConversionPlan, partial: Path) -> None:
             journal = partial / JOURNAL
             if journal.exists() and not journal.read_text().startswith(first):
                 raise BadInputError(
-                    f"{partial}: was begun from another source or with other options; remove it, or run without --resume "
+                    f"{partial}: was begun from another source or with other options; remove it, or run "
+                    "without --resume "
                     "and with --overwrite"
                 )
             if journal.exists():
@@ -157,7 +158,7 @@ def _source_digests(
     known = {name: moved.get(tuple(tensor.extents() or ())) for name, tensor in sources.items()}
     rest = [name for name, digest in known.items() if digest is None]
     with ThreadPoolExecutor(workers) as pool:
-        known.update(zip(rest, pool.map(lambda name: digest_of(sources[name]), rest), strict=True))
+        known.update(zip(rest, pool.map(digest_of, [sources[name] for name in rest]), strict=True))
     return {name: digest or "" for name, digest in known.items()}
 
 

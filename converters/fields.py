@@ -148,7 +148,7 @@ class Rope(FieldRow):
         return ("rope_theta", "rope_scaling", "rope_parameters")
 
     def to_mcore(self, hf: Json) -> Json:
-        rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+        rope: Json = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
         theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or self.default_theta
         kind = rope.pop("rope_type", None) or rope.get("type") or "default"
         rope.pop("type", None)
@@ -218,7 +218,7 @@ class SparseLayers(FieldRow):
 
     def to_mcore(self, hf: Json) -> Json:
         step = hf.get("decoder_sparse_step") or 1
-        dense = set(hf.get("mlp_only_layers") or ())
+        dense: list[int] = hf.get("mlp_only_layers") or []
         sparse = tuple(int(i not in dense and (i + 1) % step == 0) for i in range(hf["num_hidden_layers"]))
         return {"moe_layer_freq": 1 if all(sparse) else sparse}
 

@@ -75,7 +75,8 @@ class Family:
 
     def moves(self, config: ModelConfig) -> Iterator[Move]:
         """Every parameter of a model of this config, layer by layer."""
-        globals_, layered = [], []
+        globals_: list[Param] = []
+        layered: list[Param] = []
         for param in self.params:
             (layered if "layer" in _placeholders(param.mcore) else globals_).append(param)
         for param in globals_:

@@ -120,7 +120,8 @@ def _drop_tied_head(path: Path, found: dict[str, LazyTensor]) -> str:
     if embedding is None or head.shape != embedding.shape or digest_of(head) != digest_of(embedding):
         raise BadInputError(
             f"{path}: tie_word_embeddings is true in config.json, but lm_head.weight differs from "
-            "model.embed_tokens.weight; transformers would ignore it. Set tie_word_embeddings to false or remove the tensor"
+            "model.embed_tokens.weight; transformers would ignore it. Set tie_word_embeddings to false or "
+            "remove the tensor"
         )
     return "lm_head.weight is a copy of the tied embedding: it is not carried over"
 

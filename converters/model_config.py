@@ -66,7 +66,8 @@ class ModelConfig:
                 raise BadInputError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.num_attention_heads % self.num_query_groups:
             raise BadInputError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
+                f"{self.num_query_groups}"
             )
         if isinstance(self.moe_layer_freq, tuple) and len(self.moe_layer_freq) != self.num_layers:
             raise BadInputError(
@@ -77,7 +78,8 @@ class ModelConfig:
                 raise BadInputError("a model with experts needs moe_ffn_hidden_size, the width of one expert")
             if not 1 <= self.moe_router_topk <= self.num_moe_experts:
                 raise BadInputError(
-                    f"moe_router_topk is {self.moe_router_topk}: it must lie between 1 and num_moe_experts {self.num_moe_experts}"
+                    f"moe_router_topk is {self.moe_router_topk}: it must lie between 1 and num_moe_experts "
+                    f"{self.num_moe_experts}"
                 )
 
     def is_moe_layer(self, layer: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ckptbridge import __version__
 from ckptbridge.converters.errors import BadInputError
@@ -39,8 +40,9 @@ def read_receipt(path: Path) -> Receipt:
     """A receipt from its file or the folder that holds it. Raises BadInputError when it is none."""
     file = path / RECEIPT_NAME if path.is_dir() else path
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-        return Receipt(**{**value, "notes": tuple(value["notes"])})
+        value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        value["notes"] = tuple(value["notes"])
+        return Receipt(**value)
     except FileNotFoundError as error:
         raise BadInputError(f"{file}: the receipt is missing") from error
     except (ValueError, TypeError, KeyError) as error:

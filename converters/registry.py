@@ -22,7 +22,7 @@ FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3
 
 def family_of(hf_config: dict[str, Any], where: str) -> Family:
     """The family of a config.json. Raises NotSupportedError with the list of known architectures."""
-    names = hf_config.get("architectures") or []
+    names: list[Any] = hf_config.get("architectures") or []
     kind = hf_config.get("model_type")
     for family in FAMILIES:
         if family.architecture in names or (not names and kind == family.name):

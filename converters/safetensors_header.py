@@ -84,11 +84,13 @@ def _checked(path: Path, entries: dict[str, Any], data_start: int, size: int) ->
         dtype = DTYPES[kind]
         if end - begin != prod(shape) * dtype.itemsize:
             raise BadInputError(
-                f"{where}: shape {list(shape)} of {kind} takes {prod(shape) * dtype.itemsize} bytes, its offsets span {end - begin}"
+                f"{where}: shape {list(shape)} of {kind} takes {prod(shape) * dtype.itemsize} bytes, its "
+                f"offsets span {end - begin}"
             )
         if data_start + end > size:
             raise BadInputError(
-                f"{where}: its bytes end at {data_start + end}, the file at {size}: the file is truncated; copy or download it again"
+                f"{where}: its bytes end at {data_start + end}, the file at {size}: the file is truncated; "
+                "copy or download it again"
             )
         ranges.append((begin, end, name))
         found[name] = Stored(path, data_start + begin, shape, dtype)
@@ -96,7 +98,8 @@ def _checked(path: Path, entries: dict[str, Any], data_start: int, size: int) ->
     for begin, end, name in sorted(ranges):
         if begin != at:
             raise BadInputError(
-                f"{path}: tensor {name!r}: its bytes begin at {begin}, but the ones before end at {at}: tensors overlap or leave a gap"
+                f"{path}: tensor {name!r}: its bytes begin at {begin}, but the ones before end at {at}: "
+                "tensors overlap or leave a gap"
             )
         at = end
     if data_start + at != size:

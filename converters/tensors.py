@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class Stored(LazyTensor):
         shape = (stop - start, *self.shape[1:])
         buffer = torch.empty(shape, dtype=self.dtype)
         if buffer.numel():
-            read_exactly(self.path, self.offset + start * self.row_nbytes, memoryview(_bytes_of(buffer).numpy()))
+            read_exactly(self.path, self.offset + start * self.row_nbytes, _bytes_of(buffer))
         return buffer
 
     def extents(self) -> Sequence[Extent]:
@@ -257,7 +258,8 @@ def read_exactly(path: Path, offset: int, buffer: memoryview) -> None:
                 count = os.preadv(file.fileno(), [view[done:]], offset + done)
                 if count == 0:
                     raise BadInputError(
-                        f"{path}: the file ends at byte {offset + done}, but bytes {offset} to {offset + len(view)} are "
+                        f"{path}: the file ends at byte {offset + done}, but bytes {offset} to "
+                        f"{offset + len(view)} are "
                         "needed: it is truncated; copy or download it again"
                     )
                 done += count
@@ -265,5 +267,6 @@ def read_exactly(path: Path, offset: int, buffer: memoryview) -> None:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+def _bytes_of(tensor: Tensor) -> memoryview:
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)

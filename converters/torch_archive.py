@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from zlib import crc32
 
 import torch
@@ -76,7 +76,8 @@ class _SavedTensor:
     stride: tuple[int, ...]
 
     def __reduce__(self) -> Any:
-        arguments = (self.storage, 0, self.shape, self.stride, False, OrderedDict())
+        no_hooks = cast(Any, OrderedDict())
+        arguments = (self.storage, 0, self.shape, self.stride, False, no_hooks)
         return torch._utils._rebuild_tensor_v2, arguments  # pyright: ignore
 
 

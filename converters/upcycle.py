@@ -72,8 +72,10 @@ class UpcycleSpec:
             raise BadInputError(f"the MLP's width {dense.ffn_hidden_size} is not a multiple of granularity {g}")
         if t % g:
             raise BadInputError(
-                f"topk {t} is not a multiple of granularity {g}: a token would meet some shards more often than others, "
-                f"and the result would not compute what the dense model does. Use --topk {max(g, t // g * g)} or {(t // g + 1) * g}"
+                f"topk {t} is not a multiple of granularity {g}: a token would meet some shards more often "
+                "than others, "
+                f"and the result would not compute what the dense model does. Use --topk {max(g, t // g * g)} "
+                f"or {(t // g + 1) * g}"
             )
         if t > n:
             raise BadInputError(f"topk {t} exceeds num_experts {n}")
@@ -116,7 +118,8 @@ def _target(source: Model, spec: UpcycleSpec) -> tuple[Family, list[str]]:
     ]
     if name == "mixtral" and spec.granularity > 1:
         notes.append(
-            "transformers computes Mixtral's router in the model's dtype: in bf16 0.2-0.4 % of tokens tie across groups "
+            "transformers computes Mixtral's router in the model's dtype: in bf16 0.2-0.4 % of tokens tie "
+            "across groups "
             "and meet a shard twice; verify in fp32, train with the router in fp32"
         )
     if name == "qwen2_moe":

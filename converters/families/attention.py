@@ -112,11 +112,15 @@ def _hidden_over_heads(hf: dict[str, Any]) -> int:
     return hf["hidden_size"] // hf["num_attention_heads"]
 
 
+def _all_heads(hf: dict[str, Any]) -> int:
+    return hf["num_attention_heads"]
+
+
 SIZE_FIELDS: tuple[FieldRow, ...] = (
     Pair("num_hidden_layers", "num_layers"),
     same("hidden_size"),
     same("num_attention_heads"),
-    Pair("num_key_value_heads", "num_query_groups", default=lambda hf: hf["num_attention_heads"]),
+    Pair("num_key_value_heads", "num_query_groups", default=_all_heads),
     same("vocab_size"),
     same("max_position_embeddings", 4096),
     Pair("tie_word_embeddings", "share_embeddings_and_output_weights", default=False),

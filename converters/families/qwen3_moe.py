@@ -5,6 +5,7 @@ from __future__ import annotations
 from ckptbridge.converters.families.attention import (
     ATTENTION,
     DENSE_MLP,
+    HEAD_DIM,
     MODEL_ENDS,
     MOE_FIELDS,
     NORM_TOPK_PROB,
@@ -29,7 +30,7 @@ QWEN3_MOE = Family(
         NORM_TOPK_PROB,
         # transformers 5 writes num_local_experts, the published files num_experts; its class reads both.
         Pair("num_experts", "num_moe_experts", spellings=("num_local_experts",)),
-        Pair("head_dim", "kv_channels", default=lambda hf: hf["hidden_size"] // hf["num_attention_heads"]),
+        HEAD_DIM,
         Pair("intermediate_size", "ffn_hidden_size"),
         Pair("moe_intermediate_size", "moe_ffn_hidden_size"),
         Pair("rms_norm_eps", "layernorm_epsilon", default=1e-6),

@@ -145,7 +145,7 @@ def config_from_args(args: Namespace, where: str) -> ModelConfig:
     experts = get("num_experts", None)
     window = get("window_size", None)
     heads = get("num_attention_heads")
-    freq = get("moe_layer_freq", 1)
+    freq: Any = get("moe_layer_freq", 1)
     ffn = get("ffn_hidden_size", 4 * get("hidden_size"))
     return ModelConfig(
         num_layers=get("num_layers"),
@@ -168,7 +168,7 @@ def config_from_args(args: Namespace, where: str) -> ModelConfig:
         init_method_std=get("init_method_std", 0.02),
         num_moe_experts=experts,
         moe_ffn_hidden_size=(get("moe_ffn_hidden_size", None) or ffn) if experts else None,
-        moe_layer_freq=tuple(freq) if isinstance(freq, list | tuple) else int(freq),
+        moe_layer_freq=freq if isinstance(freq, int) else tuple(freq),
         moe_router_topk=get("moe_router_topk", 2),
         moe_router_pre_softmax=bool(get("moe_router_pre_softmax", False)),
         moe_shared_expert_intermediate_size=get("moe_shared_expert_intermediate_size", None),
@@ -226,6 +226,7 @@ def megatron_notes(config: ModelConfig) -> list[str]:
         )
     if config.window_size:
         notes.append(
-            f"attention is windowed; --use-checkpoint-args does not copy that: pass --window-size {config.window_size - 1},0"
+            "attention is windowed; --use-checkpoint-args does not copy that: pass --window-size "
+            f"{config.window_size - 1},0"
         )
     return notes

@@ -78,13 +78,14 @@ class GlobalTensor:
         parts: list[LazyTensor] = []
         column = 0
         for box in sorted(band, key=lambda b: b.corner[1:]):
-            if box.corner[1] > column:
+            (top, left), width = box.corner[:2], box.shape[1]
+            if left > column:
                 break
-            if box.corner[1] + box.shape[1] > column:
-                cut = columns(box, column - box.corner[1], box.shape[1])
-                parts.append(rows(cut, row - box.corner[0], stop - box.corner[0]))
-                column = box.corner[1] + box.shape[1]
-        if not parts or column < shape[1]:
+            if left + width > column:
+                cut = columns(box, column - left, width)
+                parts.append(rows(cut, row - top, stop - top))
+                column = left + width
+        if not parts or column < prod(shape[1:2]):
             raise BadInputError(f"{self.key}: no chunk holds row {row}, column {column} of shape {list(self.shape)}")
         return join_columns(parts)
 
@@ -128,7 +129,8 @@ class _Saved(LazyTensor):
         stored = stored_tensor(value, self.chunk.path, storages, where)
         if stored.shape != self.chunk.sizes or stored.dtype != self.dtype:
             raise BadInputError(
-                f"{where}: the metadata says {list(self.chunk.sizes)} {self.dtype}, the file holds {list(stored.shape)} {stored.dtype}"
+                f"{where}: the metadata says {list(self.chunk.sizes)} {self.dtype}, the file holds "
+                f"{list(stored.shape)} {stored.dtype}"
             )
         return Stored(stored.path, stored.offset + self._elements_before * self.dtype.itemsize, self.shape, self.dtype)
 
@@ -229,7 +231,8 @@ def _global_tensor(
         path = _file(folder, info.relative_path, where, sizes)
         if info.offset < 0 or info.offset + info.length > sizes[info.relative_path]:
             raise BadInputError(
-                f"{path}: tensor {key!r} ends at byte {info.offset + info.length}, the file at {sizes[info.relative_path]}: it is truncated"
+                f"{path}: tensor {key!r} ends at byte {info.offset + info.length}, the file at "
+                f"{sizes[info.relative_path]}: it is truncated"
             )
         whole.chunks.append(Chunk(offsets, extent, path, info.offset, info.length))
         covered += prod(extent)

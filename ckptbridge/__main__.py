@@ -1,0 +1,24 @@
+"""`ckptbridge` and `python -m ckptbridge`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line. `-` and `_` are interchangeable in flags."""
+    from ckptbridge.cli import app
+
+    sys.argv[1:] = [_with_dashes(word) for word in sys.argv[1:]]
+    app(prog_name="ckptbridge")
+
+
+def _with_dashes(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""`inspect`: what a checkpoint is, whether it is complete, and what it holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ckptbridge import options as o
+from ckptbridge.errors import exits
+
+if TYPE_CHECKING:
+    from ckptbridge.converters.model import Model
+
+
+@exits
+def inspect(
+    path: o.Source,
+    hf_config: o.HfConfig = None,
+    revision: o.Revision = None,
+    ignore_config_field: o.IgnoreField = None,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Show a checkpoint of either side: format, model, tensors folded by layer, sizes, parameters."""
+    from ckptbridge import report
+    from ckptbridge.converters.hub import local_folder
+    from ckptbridge.converters.model import open_model
+
+    model = open_model(
+        local_folder(path, revision), hf_config=hf_config, ignore_config_fields=ignore_config_field or ()
+    )
+    if as_json:
+        report.print_json(description(model))
+    elif not quiet:
+        _show(model)
+
+
+def description(model: Model) -> dict[str, Any]:
+    """What `inspect --json` prints."""
+    from ckptbridge.converters.model import count_parameters
+
+    total, active = count_parameters(model.tensors, model.config)
+    nbytes: Counter[str] = Counter()
+    for tensor in model.tensors.values():
+        nbytes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return {
+        "path": str(model.path),
+        "format": model.format,
+        "complete": True,
+        "family": model.family.name,
+        "architecture": model.family.architecture,
+        "iteration": model.iteration,
+        "parameters": total,
+        "active_parameters": active,
+        "nbytes": sum(nbytes.values()),
+        "nbytes_by_dtype": dict(nbytes),
+        "config": asdict(model.config),
+        "layout": _saved_layout(model),
+        "tensors": [
+            {"name": name, "count": many, "shape": shape, "dtype": dtype}
+            for name, many, shape, dtype in _folded_tensors(model)
+        ],
+        "notes": list(model.notes),
+    }
+
+
+def _saved_layout(model: Model) -> dict[str, int] | None:
+    """The parallel sizes that a Megatron checkpoint's arguments record."""
+    if model.format != "torch_dist":
+        return None
+    from ckptbridge.converters.mcore.torch_dist_reader import iteration_folder, open_torch_dist
+
+    args = open_torch_dist(iteration_folder(model.path)).args
+    names = {
+        "tp": "tensor_model_parallel_size",
+        "pp": "pipeline_model_parallel_size",
+        "ep": "expert_model_parallel_size",
+        "etp": "expert_tensor_parallel_size",
+    }
+    return {short: size for short, name in names.items() if isinstance(size := getattr(args, name, None), int)}
+
+
+def _folded_tensors(model: Model) -> list[tuple[str, int, list[int], str]]:
+    from ckptbridge.converters.fold import folded
+
+    groups: dict[tuple[tuple[int, ...], str, str], list[str]] = {}
+    for name, tensor in model.tensors.items():
+        parts = [part for part in name.split(".") if not part.isdigit()]
+        kind = (tensor.shape, str(tensor.dtype).removeprefix("torch."), ".".join(parts))
+        groups.setdefault(kind, []).append(name)
+    return [(", ".join(folded(names)), len(names), list(shape), dtype) for (shape, dtype, _), names in groups.items()]
+
+
+def _show(model: Model) -> None:
+    from ckptbridge import report
+
+    info, config = description(model), model.config
+    experts = (
+        f", {config.num_moe_experts} experts of {config.moe_ffn_hidden_size}, top-{config.moe_router_topk}"
+        if config.num_moe_experts
+        else ""
+    )
+    report.out.print(f"[bold]{info['path']}[/]: {info['architecture']} as {info['format']}, complete", soft_wrap=True)
+    report.out.print(
+        f"{report.count(info['parameters'])} parameters ({report.count(info['active_parameters'])} active), "
+        f"{report.size(info['nbytes'])}, "
+        + ", ".join(f"{dtype}: {report.size(n)}" for dtype, n in info["nbytes_by_dtype"].items())
+    )
+    report.out.print(
+        f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads in "
+        f"{config.num_query_groups} groups of width {config.kv_channels}, vocabulary {config.vocab_size}{experts}"
+    )
+    if info["layout"]:
+        report.out.print(
+            "saved for "
+            + ", ".join(f"{name} {size}" for name, size in info["layout"].items())
+            + f", iteration {model.iteration}"
+        )
+    table = report.table("parameter", "count", "shape", "dtype")
+    for tensor in info["tensors"]:
+        table.add_row(tensor["name"], str(tensor["count"]), "x".join(map(str, tensor["shape"])), tensor["dtype"])
+    report.out.print(table)
+    report.notes(model.notes)

@@ -1,0 +1,81 @@
+"""`verify`: two checkpoints compared by what they compute."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from xml.etree import ElementTree
+
+import typer
+
+from ckptbridge import options as o
+from ckptbridge.errors import exits
+
+if TYPE_CHECKING:
+    from ckptbridge.trainer.verify import VerifyReport
+
+
+class VerifyDtype(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@exits
+def verify(
+    a: Annotated[str, typer.Argument(help="Checkpoint of either side, or a Hub id.", show_default=False)],
+    b: Annotated[str, typer.Argument(help="The checkpoint to compare it with.", show_default=False)],
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Text to predict. Default: one that comes with the program.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="How many of its tokens.")] = 1024,
+    dtype: Annotated[VerifyDtype, typer.Option("--dtype", help="Dtype of the computation.")] = VerifyDtype.fp32,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", min=0.0, help="Nats a token. Default: 1e-5 in fp32, 5e-3 in bf16."),
+    ] = None,
+    hf_config: o.HfConfig = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Also write the result as JUnit XML.")] = None,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Compare the losses of two checkpoints on a text. Exit code 0 if they agree, 1 if not."""
+    import torch
+
+    from ckptbridge import report
+    from ckptbridge.converters.errors import BadInputError
+    from ckptbridge.converters.hub import local_folder
+    from ckptbridge.trainer.verify import verify as compare
+
+    if text is not None and not text.is_file():
+        raise BadInputError(f"{text}: no such text file")
+    with report.err.status("computing both losses") if not (quiet or as_json) else report.nothing():
+        result = compare(
+            local_folder(a),
+            local_folder(b),
+            text=text.read_text(encoding="utf-8", errors="replace") if text else None,
+            tokens=tokens,
+            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value],
+            tolerance=tolerance,
+            hf_config=hf_config,
+        )
+    if junit is not None:
+        junit.write_bytes(junit_xml(a, b, result))
+    if as_json:
+        report.print_json(result.to_json())
+    elif not quiet:
+        report.verification(result)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def junit_xml(a: str, b: str, result: VerifyReport) -> bytes:
+    """One test case, failed with the numbers if the checkpoints disagree."""
+    failures = "0" if result.passed else "1"
+    suite = ElementTree.Element("testsuite", name="ckptbridge verify", tests="1", failures=failures)
+    case = ElementTree.SubElement(suite, "testcase", classname="ckptbridge.verify", name=f"{a} = {b}")
+    if not result.passed:
+        failure = ElementTree.SubElement(case, "failure", message="the checkpoints compute different losses")
+        failure.text = str(result.to_json())
+    return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
