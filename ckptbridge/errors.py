@@ -28,7 +28,7 @@ def exits(verb: Callable[P, None]) -> Callable[P, None]:
             return
         try:
             verb(*args, **kwargs)
-        except typer.Exit:
+        except (typer.Exit, typer.BadParameter):
             raise
         except KeyboardInterrupt:
             _leave("interrupted; what was written is kept: run again with --resume", INTERRUPTED, kwargs)

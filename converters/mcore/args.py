@@ -62,8 +62,11 @@ def make_args(
         "swiglu": True,
         "squared_relu": False,
         "normalization": "RMSNorm",
+        # The second spelling of each is newer: Megatron-LM of 2026 names arguments after TransformerConfig's fields.
         "norm_epsilon": config.layernorm_epsilon,
+        "layernorm_epsilon": config.layernorm_epsilon,
         "apply_layernorm_1p": False,
+        "layernorm_zero_centered_gamma": False,
         "apply_query_key_layer_scaling": False,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
@@ -115,6 +118,7 @@ _MUST: dict[str, tuple[Any, ...]] = {
     "rotary_interleaved": (False, None),
     "rotary_seq_len_interpolation_factor": (None,),
     "apply_layernorm_1p": (False, None),
+    "layernorm_zero_centered_gamma": (False, None),
     "multi_latent_attention": (False, None),
     "moe_router_score_function": ("softmax", None),
     "moe_router_enable_expert_bias": (False, None),
@@ -156,7 +160,7 @@ def config_from_args(args: Namespace, where: str) -> ModelConfig:
         kv_channels=get("kv_channels", get("hidden_size") // heads),
         vocab_size=get("vocab_size", None) or get("padded_vocab_size"),
         max_position_embeddings=get("max_position_embeddings", 4096),
-        layernorm_epsilon=get("norm_epsilon", 1e-5),
+        layernorm_epsilon=get("layernorm_epsilon", None) or get("norm_epsilon", 1e-5),
         rotary_base=float(get("rotary_base", 10000)),
         rope_scaling=Llama3RopeScaling(factor=get("rope_scaling_factor", 8.0))
         if get("use_rope_scaling", False)
