@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -81,15 +80,23 @@ def write_random_model(family: Family, config: ModelConfig, folder: Path, shard_
     return total
 
 
+_MEASURE = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(json.dumps([time.perf_counter() - start, usage.ru_maxrss / 2**20, status]))
+"""
+"""A small process of its own starts the command: a child's peak begins at its parent's size."""
+
+
 def measure(command: list[str]) -> tuple[float, float]:
     """(wall seconds, peak resident GiB of the largest process) of one command. Raises if it fails."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
+    small = [sys.executable, "-S", "-E", "-c", _MEASURE, *command]
+    seconds, peak, status = json.loads(subprocess.run(small, stdout=subprocess.PIPE, check=True).stdout)
     if status:
         raise SystemExit(f"{' '.join(command)} failed with status {status}")
-    return seconds, usage.ru_maxrss / 2**20
+    return seconds, peak
 
 
 def main() -> None:
