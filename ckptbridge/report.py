@@ -130,8 +130,17 @@ def verification(report: VerifyReport) -> None:
         f"argmax agrees on {report.argmax_agreement:.2%} of {report.tokens} tokens of {report.text}, {report.dtype}",
         soft_wrap=True,
     )
+    if report.layouts:
+        _layout_rows(report)
     if report.passed:
         out.print("[green]the checkpoints compute the same[/]")
+        return
+    if report.layouts:
+        failed = [f"{row.checkpoint.upper()} under {row.layout}" for row in report.layouts if not row.passed]
+        what = "the checkpoints differ" if report.first_divergence else "Megatron does not read the checkpoint as it is"
+        where = f": {', '.join(failed)}" if failed else ""
+        hint = "; --engine reference names the first layer that differs" if report.first_divergence else ""
+        out.print(f"[red]{what}[/]{where}{hint}", soft_wrap=True)
         return
     stage = report.first_divergence or ""
     out.print(
@@ -139,3 +148,20 @@ def verification(report: VerifyReport) -> None:
         f"(relative difference {report.stage_differences.get(stage, float('nan')):.2e})",
         soft_wrap=True,
     )
+
+
+def _layout_rows(report: VerifyReport) -> None:
+    """What megatron-core computed under each layout, and the keys that it did not find or did not want."""
+    made = table("megatron-core", "loss, nats a token", "|difference|", "KL", "max logit difference", "keys", "")
+    for row in report.layouts:
+        wrong = {"missing": row.missing_keys, "unexpected": row.unexpected_keys}
+        made.add_row(
+            f"{row.checkpoint.upper()}, {row.layout}",
+            f"{row.loss:.7f}",
+            f"{row.loss_difference:.2e}",
+            f"{row.kl:.2e}",
+            f"{row.max_abs_logit_difference:.2e}",
+            "\n".join(f"{kind}: {', '.join(keys)}" for kind, keys in wrong.items() if keys) or "all read",
+            "[green]passed[/]" if row.passed else "[red]failed[/]",
+        )
+    out.print(made)

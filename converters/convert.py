@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from ckptbridge.converters.copying import sum_nbytes
+from ckptbridge.converters.copying import PARTIAL_SUFFIX, sum_nbytes, work_nbytes
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.hf_folder import INDEX, SINGLE
 from ckptbridge.converters.mapping import check_names_and_shapes, unpacked
@@ -69,7 +69,7 @@ class ConversionPlan:
     @property
     def peak_ram(self) -> int:
         """An upper bound of the memory that blocks and rows take, in bytes, beside the interpreter and torch."""
-        return min(self.options.max_ram, self.options.workers * (64 << 20))
+        return work_nbytes(self.options.max_ram, self.options.workers) * self.options.workers
 
     def to_json(self) -> dict[str, Any]:
         """The plan for machines: files, routes, notes."""
@@ -98,6 +98,14 @@ def plan_conversion(
     Raises BadInputError or NotSupportedError when the model cannot be written so; nothing has been written then.
     """
     options = options or ConvertOptions()
+    for name in ("max_file_size", "max_shard_size", "max_ram", "workers"):
+        if getattr(options, name) < 1:
+            raise BadInputError(f"{name} is {getattr(options, name)}: it must be at least 1")
+    if not target.resolve().name:
+        raise BadInputError(f"{target}: names no folder that could be made")
+    if target.name.endswith(PARTIAL_SUFFIX):
+        raise BadInputError(f"{target}: the ending {PARTIAL_SUFFIX} means unfinished work; name another folder")
+    target = target.resolve()  # a link keeps naming the folder, whatever replaces it
     expected = {move.name: move.shape for move in source.family.moves(source.config)}
     check_names_and_shapes(expected, source.tensors, str(source.path))
     tensors = {name: _cast(tensor, options.dtype) for name, tensor in source.tensors.items()}
@@ -192,8 +200,6 @@ def _safetensors_file(name: str, tensors: Mapping[str, LazyTensor]) -> OutputFil
 
 def _shards(tensors: Checkpoint, limit: int) -> list[dict[str, LazyTensor]]:
     """Tensors in order, a new shard when the next one would exceed the size, as `save_pretrained` does."""
-    if limit < 1:
-        raise BadInputError(f"max_shard_size is {limit}: it must be at least 1 byte")
     shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

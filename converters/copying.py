@@ -7,8 +7,10 @@ workers share files and need no communication.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -34,13 +36,22 @@ BLOCK_NBYTES = 1 << 20
 """One block fits the second-level cache: hashing then reads it from there and not from memory."""
 
 
+PARTIAL_SUFFIX = ".partial"
+"""What a folder's name ends with until it is whole."""
+
+
+def work_nbytes(max_ram: int, workers: int) -> int:
+    """The memory that one worker may take for tensors, in bytes: at most 32 MiB, which hides every start-up cost."""
+    return max(1 << 16, min(32 << 20, max_ram // (2 * workers)))
+
+
 class Copier:
     """Writes output files into a folder. `max_ram` bounds the blocks of all workers together, in bytes."""
 
     def __init__(self, folder: Path, *, workers: int, max_ram: int, progress: Progress | None, total: int) -> None:
         self.folder, self.workers = folder, max(1, workers)
-        self.block_nbytes = max(1 << 16, min(BLOCK_NBYTES, max_ram // (4 * self.workers)))
-        self.row_nbytes_budget = max(1 << 16, min(64 << 20, max_ram // (8 * self.workers)))
+        self.work_nbytes = work_nbytes(max_ram, self.workers)
+        self.block_nbytes = min(BLOCK_NBYTES, self.work_nbytes)
         self._progress, self._total, self._done = progress, total, 0
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -71,16 +82,18 @@ class Copier:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise StorageError(_disk_message(path, error)) from error
+            raise StorageError(disk_message(path, error)) from error
         return digests
 
     def _write_pieces(self, descriptor: int, file: OutputFile) -> dict[str, str]:
         if self.workers == 1 or len(file.pieces) < 2:
             return {piece.name: self._write_piece(descriptor, piece) for piece in file.pieces}
         with ThreadPoolExecutor(self.workers) as pool:
-            jobs = {pool.submit(self._write_piece, descriptor, piece): piece.name for piece in file.pieces}
+            jobs = {piece.name: pool.submit(self._write_piece, descriptor, piece) for piece in file.pieces}
             try:
-                return {jobs[job]: job.result() for job in as_completed(jobs)}
+                for job in as_completed(jobs.values()):
+                    job.result()  # the first failure ends the file
+                return {name: job.result() for name, job in jobs.items()}
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -101,7 +114,7 @@ class Copier:
         """The bytes of a tensor in order. A block is valid until the next one is asked for."""
         extents = tensor.extents()
         if extents is None:
-            yield from row_blocks(tensor, self.row_nbytes_budget)
+            yield from row_blocks(tensor, self.work_nbytes)
             return
         buffer = self._buffer()
         for extent in extents:
@@ -124,7 +137,7 @@ def row_blocks(tensor: LazyTensor, budget_nbytes: int) -> Iterator[memoryview]:
     if not tensor.nbytes:
         return
     count = tensor.shape[0] if tensor.shape else 1
-    step = max(1, budget_nbytes // max(1, tensor.row_nbytes))
+    step = max(1, budget_nbytes // max(1, tensor.work_row_nbytes))
     for start in range(0, count, step):
         rows = tensor.read_rows(start, min(count, start + step))
         yield memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy())  # pyright: ignore
@@ -147,6 +160,35 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+_EXCHANGE = 2
+"""renameat2's RENAME_EXCHANGE: two names swap what they name, and at no moment is either missing."""
+
+
+def take_name(partial: Path, target: Path) -> None:
+    """Give a finished folder its name; one that it replaces is removed after that. Raises OSError.
+
+    On Linux the two change places in one step; elsewhere the old one is set aside as `.replaced` first.
+    """
+    if not target.exists():
+        partial.rename(target)
+        sync_folder(target.parent)
+        return
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        here = -100  # AT_FDCWD
+        swapped = libc.renameat2(here, os.fsencode(partial), here, os.fsencode(target), _EXCHANGE) == 0
+    except (OSError, AttributeError):
+        swapped = False
+    old = partial
+    if not swapped:
+        old = target.with_name(target.name + ".replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        partial.rename(target)
+    sync_folder(target.parent)
+    shutil.rmtree(old)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file whole, durably and under its name at once. Raises StorageError."""
     temporary = path.with_name(path.name + ".tmp")
@@ -157,7 +199,7 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise StorageError(_disk_message(path, error)) from error
+        raise StorageError(disk_message(path, error)) from error
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -177,8 +219,8 @@ def _write_exactly(descriptor: int, offset: int, data: memoryview | bytes) -> No
         view, offset = view[count:], offset + count
 
 
-def _disk_message(path: Path, error: OSError) -> str:
-    partial = next((p for p in path.parents if p.name.endswith(".partial")), path.parent)
+def disk_message(path: Path, error: OSError) -> str:
+    partial = next((p for p in (path, *path.parents) if p.name.endswith(PARTIAL_SUFFIX)), path.parent)
     if error.errno == errno.ENOSPC:
         return (
             f"{path}: the disk is full. What was written lies in {partial}: free some space and run again with --resume"

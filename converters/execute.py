@@ -14,7 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ckptbridge.converters.convert import ConversionPlan
-from ckptbridge.converters.copying import Copier, Progress, digest_of, sync_folder, write_file
+from ckptbridge.converters.copying import (
+    PARTIAL_SUFFIX,
+    Copier,
+    Progress,
+    digest_of,
+    disk_message,
+    sync_folder,
+    take_name,
+    write_file,
+)
 from ckptbridge.converters.errors import BadInputError, StorageError
 from ckptbridge.converters.hf_folder import INDEX, SINGLE
 from ckptbridge.converters.mcore.torch_dist_reader import TRACKER
@@ -27,7 +36,7 @@ JOURNAL = "ckptbridge_journal.jsonl"
 
 def partial_folder(target: Path) -> Path:
     """Where a target is built until it is whole."""
-    return target.with_name(target.name + ".partial")
+    return target.with_name(target.name + PARTIAL_SUFFIX)
 
 
 def execute(plan: ConversionPlan, progress: Progress | None = None) -> Receipt:
@@ -35,63 +44,68 @@ def execute(plan: ConversionPlan, progress: Progress | None = None) -> Receipt:
 
     Raises BadInputError when the target exists or an input turns out broken, StorageError when the disk fails.
     """
-    target, options = plan.target, plan.options
-    partial = partial_folder(target)
+    partial = partial_folder(plan.target)
+    try:
+        return _execute(plan, partial, progress)
+    except OSError as error:
+        raise StorageError(disk_message(Path(error.filename or partial), error)) from error
+
+
+def _execute(plan: ConversionPlan, partial: Path, progress: Progress | None) -> Receipt:
+    options = plan.options
     _prepare(plan, partial)
     _check_space(plan, partial)
     copier = Copier(partial, workers=options.workers, max_ram=options.max_ram, progress=progress, total=plan.nbytes)
     digests = _write_files(plan, partial, copier)
-    try:
-        for source, name in plan.copies:
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            write_file(partial / name, source.read_bytes())
-        for name, data in plan.small:
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            write_file(partial / name, data)
-        receipt = _receipt(plan, digests, copier.workers)
-        write_file(options.receipt or partial / RECEIPT_NAME, receipt.to_json().encode())
-        (partial / JOURNAL).unlink()
-        for folder in (*{(partial / file.name).parent for file in plan.files}, partial):
-            sync_folder(folder)
-        _take_name(partial, target)
-    except OSError as error:
-        raise StorageError(
-            f"{error.filename or partial}: {error.strerror}. What was written lies in {partial}"
-        ) from error
+    for source, name in plan.copies:
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        write_file(partial / name, source.read_bytes())
+    for name, data in plan.small:
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        write_file(partial / name, data)
+    receipt = _receipt(plan, digests, copier.workers)
+    write_file(options.receipt or partial / RECEIPT_NAME, receipt.to_json().encode())
+    (partial / JOURNAL).unlink()
+    for folder in (*{(partial / file.name).parent for file in plan.files}, partial):
+        sync_folder(folder)
+    take_name(partial, plan.target)
     return receipt
 
 
 def _prepare(plan: ConversionPlan, partial: Path) -> None:
-    target, options = plan.target, plan.options
-    if target.exists():
-        if not options.overwrite:
-            raise BadInputError(f"{target}: already exists; name another folder, or replace it with --overwrite")
-        if not _is_checkpoint(target):
-            raise BadInputError(f"{target}: is no checkpoint, so --overwrite does not replace it; name another folder")
-        if target.resolve() == plan.source.path.resolve() or target.resolve() in plan.source.path.resolve().parents:
-            raise BadInputError(f"{target}: is the source itself, which --overwrite would destroy; name another folder")
-    first = json.dumps({"plan": plan_fingerprint(plan)}) + "\n"
+    """Make the partial folder with its journal, or find the one to resume."""
+    _check_target(plan)
+    first = json.dumps({"plan": plan_fingerprint(plan)})
     if partial.exists():
-        if options.resume:
-            journal = partial / JOURNAL
-            if journal.exists() and not journal.read_text().startswith(first):
-                raise BadInputError(
-                    f"{partial}: was begun from another source or with other options; remove it, or run "
-                    "without --resume "
-                    "and with --overwrite"
-                )
-            if journal.exists():
+        journal = partial / JOURNAL
+        if not journal.exists() and any(partial.iterdir()):
+            raise BadInputError(f"{partial}: is no unfinished conversion, so it is left alone; name another target")
+        if plan.options.resume and journal.exists():
+            if journal.read_text(errors="replace").partition("\n")[0] == first:
                 return
-        elif not options.overwrite:
+            raise BadInputError(
+                f"{partial}: was begun from another source or with other options; remove it, or run without --resume "
+                "and with --overwrite"
+            )
+        if not (plan.options.resume or plan.options.overwrite):
             raise BadInputError(
                 f"{partial}: an earlier run did not finish; continue it with --resume, or begin anew with --overwrite"
             )
         shutil.rmtree(partial)
-    try:
-        partial.mkdir(parents=True)
-        write_file(partial / JOURNAL, first.encode())
-    except OSError as error:
-        raise StorageError(f"{partial}: cannot be made: {error.strerror}") from error
+    partial.mkdir(parents=True)
+    write_file(partial / JOURNAL, f"{first}\n".encode())
+
+
+def _check_target(plan: ConversionPlan) -> None:
+    target, source = plan.target, plan.source.path.resolve()
+    if not target.exists():
+        return
+    if not plan.options.overwrite:
+        raise BadInputError(f"{target}: already exists; name another folder, or replace it with --overwrite")
+    if not target.is_dir() or not _is_checkpoint(target):
+        raise BadInputError(f"{target}: is no checkpoint, so --overwrite does not replace it; name another folder")
+    if target.resolve() == source or target.resolve() in source.parents:
+        raise BadInputError(f"{target}: is the source itself, which --overwrite would destroy; name another folder")
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -105,30 +119,46 @@ def _check_space(plan: ConversionPlan, partial: Path) -> None:
     free = shutil.disk_usage(partial).free
     if need > free:
         raise StorageError(
-            f"{partial}: the disk has {free / 1e9:.2f} GB free, {need / 1e9:.2f} GB are needed; nothing was written. "
-            "Free some space, or name a folder on another disk"
+            f"{partial}: the disk has {free / 1e9:.2f} GB free, {need / 1e9:.2f} GB are needed; no tensor was written. "
+            "Free some space and run again with --resume, or name a folder on another disk"
         )
 
 
 def _write_files(plan: ConversionPlan, partial: Path, copier: Copier) -> dict[str, str]:
-    """Write every file that the journal does not hold yet; a line of the journal follows each."""
-    journal = partial / JOURNAL
+    """Write what is not finished yet; a line of the journal follows each file. Digests are in the plan's order."""
+    finished = _finished(plan, partial)
     digests: dict[str, str] = {}
-    finished: set[str] = set()
-    for line in journal.read_text().splitlines()[1:]:
-        if line.endswith("}"):
-            entry = json.loads(line)
-            finished.add(entry["file"])
-            digests.update(entry["digests"])
     for file in plan.files:
-        if file.name in finished and (partial / file.name).stat().st_size == file.size:
+        if file.name in finished:
             copier.advance(file.tensor_nbytes)
+            digests.update(finished[file.name])
             continue
         written = copier.write(file)
         digests.update(written)
-        with journal.open("a") as out:
+        with (partial / JOURNAL).open("a") as out:
             out.write(json.dumps({"file": file.name, "digests": written}) + "\n")
     return digests
+
+
+def _finished(plan: ConversionPlan, partial: Path) -> dict[str, dict[str, str]]:
+    """{file: digests} of the files that are whole. A line that was torn by a crash ends the journal, and is cut off."""
+    journal = partial / JOURNAL
+    lines = journal.read_text(errors="replace").split("\n")
+    names = {file.name: {piece.name for piece in file.pieces} for file in plan.files}
+    sizes = {file.name: file.size for file in plan.files}
+    kept, found = [lines[0]], dict[str, dict[str, str]]()
+    for line in lines[1:]:
+        try:
+            entry = json.loads(line)
+            name, digests = entry["file"], entry["digests"]
+        except (ValueError, TypeError, KeyError):
+            break
+        kept.append(line)
+        path = partial / name
+        if names.get(name) == digests.keys() and path.is_file() and path.stat().st_size == sizes[name]:
+            found[name] = {piece: digests[piece] for piece in digests}
+    write_file(journal, ("\n".join(kept) + "\n").encode())
+    return found
 
 
 def _receipt(plan: ConversionPlan, digests: Mapping[str, str], workers: int) -> Receipt:
@@ -162,27 +192,20 @@ def _source_digests(
     return {name: digest or "" for name, digest in known.items()}
 
 
-def _take_name(partial: Path, target: Path) -> None:
-    """Give the finished folder its name; a folder that it replaces is set aside first and removed last."""
-    old = target.with_name(target.name + ".replaced")
-    if target.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        target.rename(old)
-    partial.rename(target)
-    sync_folder(target.parent)
-    if old.exists():
-        shutil.rmtree(old)
-
-
 def plan_fingerprint(plan: ConversionPlan) -> str:
     """A digest of what will be written from what: the same plan of the same files has the same one."""
-    text = hashlib.sha256()
+    text = hashlib.sha256(plan.source.derivation.encode())
     for file in plan.files:
         text.update(f"{file.name}:{file.size}".encode())
         for piece in file.pieces:
             text.update(f"{piece.name}@{piece.offset}:{piece.tensor.shape}:{piece.tensor.dtype}".encode())
+    for name, data in plan.small:
+        text.update(name.encode() + data)
+    for path, name in plan.copies:
+        text.update(name.encode() + path.read_bytes())
+    ours = (plan.target, partial_folder(plan.target))
     for path in sorted(p for p in plan.source.path.rglob("*") if p.is_file()):
-        stat = path.stat()
-        text.update(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}".encode())
+        if not any(folder in path.parents for folder in ours):
+            stat = path.stat()
+            text.update(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}".encode())
     return text.hexdigest()

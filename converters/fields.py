@@ -46,6 +46,8 @@ class Pair(FieldRow):
     spellings: tuple[str, ...] = ()
     convert: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None
     """(to mcore, to HF): both or neither."""
+    null_means_none: bool = False
+    """A null is a value of its own, not a missing field (Mistral's sliding_window)."""
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -53,7 +55,7 @@ class Pair(FieldRow):
 
     def to_mcore(self, hf: Json) -> Json:
         value = next((hf[n] for n in self.hf_names if hf.get(n) is not None), None)
-        if value is None:
+        if value is None and not (self.null_means_none and self.hf in hf):
             if self.default is REQUIRED:
                 raise BadInputError(f"config.json: field {self.hf!r} is missing")
             value = self.default(hf) if callable(self.default) else self.default
@@ -61,6 +63,8 @@ class Pair(FieldRow):
 
     def to_hf(self, config: ModelConfig) -> Json:
         value = getattr(config, self.mcore)
+        if value is None and self.default is REQUIRED:
+            raise NotSupportedError(f"{self.mcore} is None, which this Hugging Face class cannot express")
         return {self.hf: self.convert[1](value) if self.convert else value}
 
 
@@ -280,7 +284,7 @@ def read_config(fields: Sequence[FieldRow], hf: Json, where: str, ignore: Iterab
         return ModelConfig(**values)
     except BadInputError as error:
         raise type(error)(f"{where}: {error}".replace("config.json: config.json:", "config.json:")) from error
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise BadInputError(f"{where}: a field has a value of the wrong kind: {error}") from error
 
 
@@ -288,5 +292,10 @@ def write_config(fields: Sequence[FieldRow], config: ModelConfig) -> Json:
     """The config.json fields of a ModelConfig. Raises NotSupportedError for what the class cannot express."""
     hf: Json = {}
     for row in fields:
-        hf.update(row.to_hf(config))
+        for name, value in row.to_hf(config).items():
+            if name in hf and hf[name] != value:
+                raise NotSupportedError(
+                    f"{name} would be both {hf[name]!r} and {value!r}, which this Hugging Face class cannot express"
+                )
+            hf[name] = value
     return hf

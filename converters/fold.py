@@ -11,20 +11,21 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 def folded(names: Iterable[str]) -> list[str]:
     """The names with runs of numbers folded, in order of first appearance."""
-    groups: dict[str, list[tuple[int, ...]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for name in names:
-        pattern = _NUMBER.sub("{}", name)
-        groups.setdefault(pattern, []).append(tuple(int(n) for n in _NUMBER.findall(name)))
-    return [_fold(pattern, numbers) for pattern, numbers in groups.items()]
+        groups.setdefault(tuple(_NUMBER.split(name)), []).append(tuple(int(n) for n in _NUMBER.findall(name)))
+    return [_fold(words, numbers) for words, numbers in groups.items()]
 
 
-def _fold(pattern: str, numbers: list[tuple[int, ...]]) -> str:
+def _fold(words: tuple[str, ...], numbers: list[tuple[int, ...]]) -> str:
     axes = [sorted(set(axis)) for axis in zip(*numbers, strict=True)]
     if prod(len(axis) for axis in axes) == len(set(numbers)):
-        return pattern.format(*(_ranges(axis) for axis in axes))
+        return "".join(word + told for word, told in zip(words, [*map(_ranges, axes), ""], strict=True))
     # Not a full grid: say each first number's own set rather than name tensors that are not meant.
-    head, _, tail = pattern.partition("{}")
-    return ", ".join(head + str(first) + _fold(tail, [n[1:] for n in numbers if n[0] == first]) for first in axes[0])
+    head, *tail = words
+    return ", ".join(
+        head + str(first) + _fold(tuple(tail), [n[1:] for n in numbers if n[0] == first]) for first in axes[0]
+    )
 
 
 def _ranges(values: list[int]) -> str:

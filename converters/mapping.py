@@ -105,9 +105,19 @@ class Family:
         )
 
 
-def packed(family: Family, config: ModelConfig, hf: Checkpoint) -> dict[str, LazyTensor]:
-    """HF tensors as Megatron-Core parameters, one name a layer and expert; nothing is read."""
-    return {m.name: m.layout.pack([hf[name] for name in m.hf], config) for m in family.moves(config)}
+def packed(family: Family, config: ModelConfig, hf: Checkpoint, where: str) -> dict[str, LazyTensor]:
+    """HF tensors as Megatron-Core parameters, one name a layer and expert; nothing is read.
+
+    Raises BadInputError, naming the tensors, when parts of one parameter have different dtypes.
+    """
+    made: dict[str, LazyTensor] = {}
+    for move in family.moves(config):
+        parts = [hf[name] for name in move.hf]
+        if len({part.dtype for part in parts}) > 1:
+            told = ", ".join(f"{name} is {part.dtype}" for name, part in zip(move.hf, parts, strict=True))
+            raise BadInputError(f"{where}: {told}; together they are one parameter of Megatron, so give them one dtype")
+        made[move.name] = move.layout.pack(parts, config)
+    return made
 
 
 def unpacked(family: Family, config: ModelConfig, tensors: Checkpoint) -> dict[str, LazyTensor]:

@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import torch
 
-from ckptbridge.converters.copying import digest_of
+from ckptbridge.converters.copying import PARTIAL_SUFFIX, digest_of
 from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.fields import read_config, write_config
 from ckptbridge.converters.hf_folder import find_assets, open_hf_folder, read_json
 from ckptbridge.converters.mapping import Family, check_names_and_shapes, packed
 from ckptbridge.converters.mcore.args import check_agreement, config_from_args
 from ckptbridge.converters.mcore.keys import decoder_name
-from ckptbridge.converters.mcore.parameters import parameters_of
+from ckptbridge.converters.mcore.parameters import is_optimizer_key, parameters_of
 from ckptbridge.converters.mcore.torch_dist_reader import (
     TRACKER,
     TorchDistFolder,
@@ -26,7 +26,7 @@ from ckptbridge.converters.mcore.torch_dist_reader import (
 )
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.registry import family_named, family_of, family_that_expresses
-from ckptbridge.converters.tensors import Checkpoint, Computed, LazyTensor
+from ckptbridge.converters.tensors import Checkpoint, Computed, LazyTensor, Stored
 
 Format = Literal["hf", "torch_dist"]
 HF_SIDE_FOLDER = "hf"
@@ -54,6 +54,8 @@ class Model:
     assets: tuple[Path, ...]
     iteration: int = 0
     notes: tuple[str, ...] = ()
+    derivation: str = ""
+    """What was done to the checkpoint at `path`, if it was not taken as it is: two runs with one text do the same."""
 
 
 def detect_format(path: Path) -> Format:
@@ -62,7 +64,7 @@ def detect_format(path: Path) -> Format:
         raise BadInputError(f"{path}: no such folder")
     if not path.is_dir():
         raise BadInputError(f"{path}: expected a folder, found a file")
-    if path.name.endswith(".partial"):
+    if path.name.endswith(PARTIAL_SUFFIX):
         raise BadInputError(f"{path}: a conversion that did not finish; run it again with --resume")
     if (path / TRACKER).exists() or (path / ".metadata").exists() or (path / "metadata.json").exists():
         folder = iteration_folder(path)
@@ -100,12 +102,13 @@ def _open_hf(path: Path, ignore: Iterable[str]) -> Model:
         notes.append(_drop_tied_head(path, found))
     check_names_and_shapes(expected, found, str(path), ignored)
     sources = {name: tensor for name, tensor in found.items() if name not in ignored}
+    _refuse_quantised(sources)
     return Model(
         path=path,
         format="hf",
         family=family,
         config=config,
-        tensors=packed(family, config, sources),
+        tensors=packed(family, config, sources, _file_of(path, sources)),
         sources=sources,
         dtype=_main_dtype(sources.values()),
         hf_config=folder.config,
@@ -113,6 +116,21 @@ def _open_hf(path: Path, ignore: Iterable[str]) -> Model:
         assets=folder.assets,
         notes=tuple(notes),
     )
+
+
+def _refuse_quantised(sources: Checkpoint) -> None:
+    for name, tensor in sources.items():
+        if tensor.dtype.itemsize == 1 and isinstance(tensor, Stored):
+            raise NotSupportedError(
+                f"{tensor.path}: tensor {name!r} is {tensor.dtype}; quantised weights are not supported, "
+                "take the model's bf16 files"
+            )
+
+
+def _file_of(path: Path, tensors: Checkpoint) -> str:
+    """The file that holds the tensors, or the folder when there are several."""
+    files = {tensor.path for tensor in tensors.values() if isinstance(tensor, Stored)}
+    return str(files.pop() if len(files) == 1 else path)
 
 
 def _drop_tied_head(path: Path, found: dict[str, LazyTensor]) -> str:
@@ -135,7 +153,9 @@ def _open_torch_dist(path: Path, hf_config: Path | None, ignore: Iterable[str]) 
         family = family_of(raw, str(hf_file))
         config = read_config(family.fields, raw, str(hf_file), ignore)
         if args is not None:
-            check_agreement(config, config_from_args(args, where), str(hf_file), where)
+            check_agreement(
+                config, config_from_args(args, where), str(hf_file), where, named_vocab=args.__dict__.get("vocab_size")
+            )
     elif args is not None:
         config = config_from_args(args, where)
         known: Any = folder.common.get("ckptbridge")
@@ -181,7 +201,7 @@ def _saved_chunks(folder: TorchDistFolder) -> dict[str, LazyTensor]:
     return {
         f"{key}@{','.join(map(str, chunk.offsets))}": whole.saved(chunk)
         for key, whole in folder.tensors.items()
-        if not key.startswith("optimizer.")
+        if not is_optimizer_key(key)
         for chunk in whole.chunks
     }
 
@@ -208,6 +228,7 @@ def _stack(parts: list[LazyTensor]) -> LazyTensor:
         (len(parts), *parts[0].shape),
         parts[0].dtype,
         lambda start, stop: torch.stack([part.read() for part in parts[start:stop]]),
+        work_row_nbytes=2 * parts[0].nbytes,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from ckptbridge.converters.errors import BadInputError
 
@@ -54,6 +55,8 @@ class ModelConfig:
     moe_aux_loss_coeff: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
+            _check_kind(name, value, str(type(self).__annotations__[name]))
         for name in (
             "num_layers",
             "hidden_size",
@@ -61,6 +64,7 @@ class ModelConfig:
             "num_query_groups",
             "kv_channels",
             "vocab_size",
+            "ffn_hidden_size",
         ):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -102,3 +106,18 @@ class ModelConfig:
     @property
     def heads_per_group(self) -> int:
         return self.num_attention_heads // self.num_query_groups
+
+
+def _check_kind(name: str, value: Any, annotation: str) -> None:
+    """Raises BadInputError for a value that is not of its field's kind: files hold words where numbers belong."""
+    if value is None and "None" in annotation:
+        return
+    kinds: tuple[type, ...] = (bool,)
+    if annotation.startswith("int"):
+        kinds = (int, tuple) if "tuple" in annotation else (int,)
+    elif annotation.startswith("float"):
+        kinds = (int, float)
+    elif annotation.startswith("Llama3RopeScaling"):
+        kinds = (Llama3RopeScaling,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise BadInputError(f"{name} is {value!r}: expected {annotation}")

@@ -7,6 +7,7 @@ checkpoint is read without megatron being there. Anything else is refused with i
 
 from __future__ import annotations
 
+import _compat_pickle
 import argparse
 import collections
 import io
@@ -120,15 +121,22 @@ _ADMITTED: dict[str, Any] = {
 }
 
 
+_PYTHON_2_MODULES = _compat_pickle.IMPORT_MAPPING
+_PYTHON_2_NAMES = _compat_pickle.NAME_MAPPING
+"""Protocol 2, which torch writes, has Python 2's names."""
+
+
 class _Reader(pickle.Unpickler):
     def __init__(self, data: bytes, where: str) -> None:
         super().__init__(io.BytesIO(data))
         self._where = where
+        self._given: dict[str, Any] = {}
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        name = f"{module_name}.{global_name}"
+        old = (module_name, global_name)
+        name = ".".join(_PYTHON_2_NAMES.get(old, (_PYTHON_2_MODULES.get(module_name, module_name), global_name)))
         if name in _ADMITTED:
-            return _ADMITTED[name]
+            return self._throwaway(name)
         if module_name in ("torch", "torch.storage") and global_name in _STORAGE_DTYPES:
             return _STORAGE_DTYPES[global_name]
         if module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype):
@@ -140,10 +148,30 @@ class _Reader(pickle.Unpickler):
             "If you trust the file and need it, tell us the name"
         )
 
+    def _throwaway(self, name: str) -> Any:
+        """The admitted class or function as one of this reader's own: a pickle may set attributes of what it names."""
+        if name not in self._given:
+            admitted = _ADMITTED[name]
+            if (
+                isinstance(admitted, type)
+                and type(admitted) is type
+                and admitted.__module__ not in ("builtins", "torch")
+            ):
+                self._given[name] = type(admitted.__name__, (admitted,), {})
+            elif isinstance(admitted, type) and type(admitted) is type:
+                self._given[name] = admitted  # built in: its attributes cannot be set
+            else:
+                self._given[name] = _forwarding(admitted)
+        return self._given[name]
+
     def persistent_load(self, pid: Any, /) -> Any:
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], torch.dtype)):  # pyright: ignore
             raise BadInputError(f"{self._where}: the pickle refers to {pid!r}, which is no tensor storage")
         return StorageRef(str(pid[2]), pid[1], int(pid[4]))  # pyright: ignore
+
+
+def _forwarding(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments: function(*arguments)
 
 
 def _inert(name: str) -> Callable[..., Inert]:
@@ -161,8 +189,10 @@ def read_pickle(data: bytes, where: str) -> Any:
     """
     try:
         return _Reader(data, where).load()
-    except (BadInputError, NotSupportedError):
-        raise
+    except BadInputError as error:
+        if where in str(error):
+            raise
+        raise type(error)(f"{where}: {error}") from error
     except MemoryError as error:
         raise BadInputError(f"{where}: the pickle asks for more memory than there is") from error
     except Exception as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckptbridge.converters.errors import NotSupportedError
+from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.families.llama import LLAMA
 from ckptbridge.converters.families.mistral import MISTRAL
 from ckptbridge.converters.families.mixtral import MIXTRAL
@@ -22,7 +22,9 @@ FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3
 
 def family_of(hf_config: dict[str, Any], where: str) -> Family:
     """The family of a config.json. Raises NotSupportedError with the list of known architectures."""
-    names: list[Any] = hf_config.get("architectures") or []
+    names: Any = hf_config.get("architectures") or []
+    if not isinstance(names, list):
+        raise BadInputError(f"{where}: architectures is {names!r}; expected a list of class names")
     kind = hf_config.get("model_type")
     for family in FAMILIES:
         if family.architecture in names or (not names and kind == family.name):

@@ -79,7 +79,7 @@ def _checked(path: Path, entries: dict[str, Any], data_start: int, size: int) ->
             raise BadInputError(f"{where}: its entry lacks dtype, shape or data_offsets") from error
         if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
             raise BadInputError(f"{where}: shape {list(shape)} and offsets {[begin, end]} must be whole numbers from 0")
-        if kind not in DTYPES:
+        if not isinstance(kind, str) or kind not in DTYPES:
             raise NotSupportedError(f"{where}: dtype {kind!r} is not known; known are {', '.join(DTYPES)}")
         dtype = DTYPES[kind]
         if end - begin != prod(shape) * dtype.itemsize:

@@ -57,6 +57,11 @@ class LazyTensor(ABC):
     def row_nbytes(self) -> int:
         return prod(self.shape[1:]) * self.dtype.itemsize
 
+    @property
+    def work_row_nbytes(self) -> int:
+        """The memory that reading one row takes, what is thrown away included."""
+        return self.row_nbytes
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype})"
 
@@ -95,11 +100,21 @@ class InMemory(LazyTensor):
 class Computed(LazyTensor):
     """A tensor made by a function of a row range: a drawn router, a cast, a scaled matrix."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, rows: Callable[[int, int], Tensor]) -> None:
-        self.shape, self.dtype, self._rows = shape, dtype, rows
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        rows: Callable[[int, int], Tensor],
+        work_row_nbytes: int | None = None,
+    ) -> None:
+        self.shape, self.dtype, self._rows, self._work = shape, dtype, rows, work_row_nbytes
 
     def read_rows(self, start: int, stop: int) -> Tensor:
         return self._rows(start, stop).contiguous()
+
+    @property
+    def work_row_nbytes(self) -> int:
+        return self._work or self.row_nbytes
 
 
 class Zeros(LazyTensor):
@@ -143,6 +158,10 @@ class Rows(LazyTensor):
         if not parts:
             return torch.empty(0, *self.shape[1:], dtype=self.dtype)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @property
+    def work_row_nbytes(self) -> int:
+        return max((base.work_row_nbytes for base, _, _ in self.pieces), default=0) + self.row_nbytes
 
     def extents(self) -> Sequence[Extent] | None:
         found: list[Extent] = []
@@ -198,15 +217,24 @@ def columns(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
     if (start, stop) == (0, tensor.shape[1]):
         return tensor
     shape = (tensor.shape[0], stop - start, *tensor.shape[2:])
-    return Computed(shape, tensor.dtype, lambda low, high: tensor.read_rows(low, high)[:, start:stop])
+    return Computed(
+        shape,
+        tensor.dtype,
+        lambda low, high: tensor.read_rows(low, high)[:, start:stop],
+        work_row_nbytes=2 * tensor.work_row_nbytes,
+    )
 
 
 def join_columns(tensors: Sequence[LazyTensor]) -> LazyTensor:
     """Tensors side by side along dim 1."""
     if len(tensors) == 1:
         return tensors[0]
-    shape = (tensors[0].shape[0], sum(t.shape[1] for t in tensors), *tensors[0].shape[2:])
-    return Computed(shape, tensors[0].dtype, lambda low, high: torch.cat([t.read_rows(low, high) for t in tensors], 1))
+    return Computed(
+        (tensors[0].shape[0], sum(t.shape[1] for t in tensors), *tensors[0].shape[2:]),
+        tensors[0].dtype,
+        lambda low, high: torch.cat([t.read_rows(low, high) for t in tensors], 1),
+        work_row_nbytes=2 * sum(t.work_row_nbytes for t in tensors),
+    )
 
 
 def reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
@@ -234,17 +262,24 @@ def cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
     """The tensor in another dtype, rounded to nearest."""
     if dtype == tensor.dtype:
         return tensor
-    return Computed(tensor.shape, dtype, lambda low, high: tensor.read_rows(low, high).to(dtype))
+    return Computed(
+        tensor.shape,
+        dtype,
+        lambda low, high: tensor.read_rows(low, high).to(dtype),
+        work_row_nbytes=tensor.work_row_nbytes + prod(tensor.shape[1:]) * dtype.itemsize,
+    )
 
 
 def scaled(tensor: LazyTensor, factor: float) -> LazyTensor:
     """The tensor times a number, computed in fp32 and rounded once. A power of two loses nothing."""
     if factor == 1.0:
         return tensor
+    wide_nbytes = prod(tensor.shape[1:]) * 4
     return Computed(
         tensor.shape,
         tensor.dtype,
         lambda low, high: (tensor.read_rows(low, high).float() * factor).to(tensor.dtype),
+        work_row_nbytes=tensor.work_row_nbytes + 2 * wide_nbytes + tensor.row_nbytes,
     )
 
 

@@ -46,6 +46,10 @@ _STORAGE_CLASSES = {
 }
 
 
+SAVED_DTYPES = frozenset(_STORAGE_CLASSES)
+"""Dtypes that `tensor_archive` lays out."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorArchive:
     """Where everything of one saved tensor will stand, relative to the archive's first byte."""
@@ -188,6 +192,11 @@ def read_archive(path: Path, offset: int = 0, length: int | None = None) -> tupl
 def stored_tensor(ref: TensorRef, path: Path, storages: dict[str, tuple[int, int]], where: str) -> Stored:
     """A TensorRef as a tensor of the file. Raises BadInputError if it is no contiguous part of its storage."""
     storage: StorageRef = ref.storage
+    numbers = (ref.storage_offset, *ref.shape, *ref.stride)
+    if any(type(n) is not int or n < 0 for n in numbers) or len(ref.shape) != len(ref.stride):
+        raise BadInputError(
+            f"{where}: a tensor of shape {ref.shape} and strides {ref.stride} at {ref.storage_offset!r}"
+        )
     if storage.key not in storages:
         raise BadInputError(f"{where}: storage {storage.key!r} is missing from the archive")
     begin, nbytes = storages[storage.key]

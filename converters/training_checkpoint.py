@@ -15,12 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from ckptbridge.converters.convert import GIGABYTE, config_json
-from ckptbridge.converters.copying import Copier, sync_folder, write_file
+from ckptbridge.converters.copying import Copier, sync_folder, take_name, write_file
 from ckptbridge.converters.errors import BadInputError, StorageError
+from ckptbridge.converters.mapping import Move, check_names_and_shapes
+from ckptbridge.converters.mcore.keys import decoder_name
 from ckptbridge.converters.mcore.parameters import parameters_of
 from ckptbridge.converters.mcore.torch_dist_reader import TRACKER, iteration_folder, open_torch_dist
 from ckptbridge.converters.mcore.torch_dist_writer import TorchDistWriter
 from ckptbridge.converters.model import HF_SIDE_FOLDER, Model, decoder_tensors, expert_tensors, open_model
+from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.converters.tensors import Checkpoint, InMemory
 
@@ -60,6 +63,10 @@ def save_training_checkpoint(
     unknown = set(optimizer) - set(OPTIMIZER_STATES)
     if unknown:
         raise BadInputError(f"optimizer holds {sorted(unknown)}; expected {OPTIMIZER_STATES}")
+    expected = {decoder_name(m.name): _decoder_shape(m, model.config) for m in model.family.moves(model.config)}
+    for label, held in (("weights", weights), *optimizer.items()):
+        tensors = {name: InMemory(tensor) for name, tensor in held.items()}
+        check_names_and_shapes(expected, tensors, f"{root}: {label}")
     layout = ParallelLayout()
     writer = TorchDistWriter(
         family=model.family,
@@ -91,16 +98,17 @@ def save_training_checkpoint(
             write_file(partial / name, data)
         sync_folder(partial)
         _write_hf_side(root, model)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-        sync_folder(root)
+        take_name(partial, folder)
         write_file(root / TRACKER, str(iteration).encode())
     except OSError as error:
         raise StorageError(
             f"{error.filename or partial}: {error.strerror}. What was written lies in {partial}"
         ) from error
     return folder
+
+
+def _decoder_shape(move: Move, config: ModelConfig) -> tuple[int, ...]:
+    return move.shape if move.expert is None else (config.num_moe_experts or 0, *move.shape)
 
 
 def _write_hf_side(root: Path, model: Model) -> None:

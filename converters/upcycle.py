@@ -58,6 +58,12 @@ class UpcycleSpec:
     def check(self, dense: ModelConfig) -> None:
         """Raises BadInputError, naming the numbers, for what cannot compute what the dense model computes."""
         n, t, g = self.num_experts, self.topk, self.granularity
+        if self.method not in (None, "copy", "virtual-group"):
+            raise BadInputError(f"method is {self.method!r}; known are 'copy' and 'virtual-group'")
+        if not 0 <= self.seed < 2**40:
+            raise BadInputError(f"seed is {self.seed}: it must lie between 0 and 2**40")
+        if self.router_std is not None and not 0 <= self.router_std < math.inf:
+            raise BadInputError(f"router_std is {self.router_std}: it must be a number from 0")
         if dense.num_moe_experts is not None:
             raise BadInputError(
                 f"the source has {dense.num_moe_experts} experts already: only dense models are upcycled"
@@ -98,6 +104,7 @@ def upcycled(source: Model, spec: UpcycleSpec) -> Model:
         hf_config=_hf_config(source, family, config),
         hf_config_file=None,
         notes=(*source.notes, *notes),
+        derivation=repr(spec),
     )
 
 

@@ -13,12 +13,18 @@ from ckptbridge import options as o
 from ckptbridge.errors import exits
 
 if TYPE_CHECKING:
+    from ckptbridge.converters.parallel_layout import ParallelLayout
     from ckptbridge.trainer.verify import VerifyReport
 
 
 class VerifyDtype(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class Engine(StrEnum):
+    reference = "reference"
+    megatron = "megatron"
 
 
 @exits
@@ -34,6 +40,21 @@ def verify(
         float | None,
         typer.Option("--tolerance", min=0.0, help="Nats a token. Default: 1e-5 in fp32, 5e-3 in bf16."),
     ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            "--engine", help="What computes Megatron checkpoints: this program, or megatron-core itself, on the CPU."
+        ),
+    ] = Engine.reference,
+    layouts: Annotated[
+        str | None,
+        typer.Option(
+            "--layouts",
+            help="Layouts under which megatron-core loads them, e.g. tp2,ep2,pp2ep2. Default: one rank. "
+            "As in Megatron, etp is the TP size unless it is named (tp2ep2etp1).",
+            show_default=False,
+        ),
+    ] = None,
     hf_config: o.HfConfig = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Also write the result as JUnit XML.")] = None,
     as_json: o.AsJson = False,
@@ -48,6 +69,7 @@ def verify(
     from ckptbridge.converters.hub import local_folder
     from ckptbridge.trainer.verify import verify as compare
 
+    chosen = _layouts(layouts, engine)
     if text is not None and not text.is_file():
         raise BadInputError(f"{text}: no such text file")
     with report.err.status("computing both losses") if not (quiet or as_json) else report.nothing():
@@ -59,6 +81,8 @@ def verify(
             dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value],
             tolerance=tolerance,
             hf_config=hf_config,
+            engine=engine.value,
+            layouts=chosen,
         )
     if junit is not None:
         junit.write_bytes(junit_xml(a, b, result))
@@ -68,6 +92,23 @@ def verify(
         report.verification(result)
     if not result.passed:
         raise typer.Exit(1)
+
+
+def _layouts(text: str | None, engine: Engine) -> list[ParallelLayout]:
+    """The layouts named. Raises a usage error for what is none, and for any without --engine megatron."""
+    from ckptbridge.converters.errors import BadInputError
+    from ckptbridge.trainer.megatron.layouts import parse_layouts
+
+    if text is None:
+        return []
+    if engine is not Engine.megatron:
+        raise typer.BadParameter(
+            "layouts need --engine megatron: the reference engine is one process", param_hint="--layouts"
+        )
+    try:
+        return parse_layouts(text)
+    except BadInputError as error:
+        raise typer.BadParameter(str(error), param_hint="--layouts") from error
 
 
 def junit_xml(a: str, b: str, result: VerifyReport) -> bytes:

@@ -15,7 +15,7 @@ MISTRAL = Family(
         HEAD_DIM,
         Pair("intermediate_size", "ffn_hidden_size"),
         Pair("rms_norm_eps", "layernorm_epsilon", default=1e-6),
-        Pair("sliding_window", "window_size", default=None),
+        Pair("sliding_window", "window_size", default=4096, null_means_none=True),
         Rope(),
         Lacks("add_qkv_bias", False),
         Lacks("qk_layernorm", False),

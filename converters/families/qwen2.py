@@ -10,7 +10,7 @@ from ckptbridge.converters.families.attention import (
     QKV_BIAS,
     SIZE_FIELDS,
 )
-from ckptbridge.converters.fields import FullAttention, Lacks, Pair, Rope
+from ckptbridge.converters.fields import FullAttention, Lacks, Must, Pair, Rope
 from ckptbridge.converters.mapping import Family
 
 QWEN2 = Family(
@@ -23,6 +23,7 @@ QWEN2 = Family(
         Pair("intermediate_size", "ffn_hidden_size"),
         Pair("rms_norm_eps", "layernorm_epsilon", default=1e-6),
         FullAttention(),
+        Must("use_mrope", False, write=False),
         Rope(),
         Lacks("add_qkv_bias", True),
         Lacks("qk_layernorm", False),

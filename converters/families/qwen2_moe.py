@@ -14,7 +14,7 @@ from ckptbridge.converters.families.attention import (
     SIZE_FIELDS,
     moe_mlp,
 )
-from ckptbridge.converters.fields import FullAttention, Lacks, Pair, Rope, SparseLayers
+from ckptbridge.converters.fields import FullAttention, Lacks, Must, Pair, Rope, SparseLayers
 from ckptbridge.converters.mapping import Family
 
 QWEN2_MOE = Family(
@@ -39,6 +39,7 @@ QWEN2_MOE = Family(
         Pair("rms_norm_eps", "layernorm_epsilon", default=1e-6),
         SparseLayers(),
         FullAttention(),
+        Must("use_mrope", False, write=False),
         Rope(),
         Lacks("moe_shared_expert_gate", True),
         Lacks("qk_layernorm", False),

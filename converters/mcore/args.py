@@ -7,7 +7,7 @@ it reads is absent (megatron-core 0.19, training/checkpointing.py and argument_u
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -126,6 +126,17 @@ _MUST: dict[str, tuple[Any, ...]] = {
     "moe_latent_size": (None,),
     "mtp_num_layers": (None, 0),
     "window_attn_skip_freq": (None,),
+    "softmax_type": ("vanilla", None),
+    "softmax_scale": (None,),
+    "no_rope_freq": (None, 0),
+    "qk_l2_norm": (False, None),
+    "glu_linear_offset": (0.0, None),
+    "activation_func_clamp_value": (None,),
+    "apply_residual_connection_post_layernorm": (False, None),
+    "use_mup": (False, None),
+    "moe_router_group_topk": (None,),
+    "moe_router_num_groups": (None, 1),
+    "moe_apply_probs_on_input": (False, None),
 }
 """Arguments that change the computation, and the values that this version computes."""
 
@@ -139,46 +150,106 @@ def config_from_args(args: Namespace, where: str) -> ModelConfig:
     for name, known in _MUST.items():
         if hasattr(args, name) and getattr(args, name) not in known:
             raise NotSupportedError(f"{where}: args.{name} is {getattr(args, name)!r}; supported: {known[0]!r}")
+    given = _Arguments(args, where)
+    experts = given.whole("num_experts", None)
+    window = given.window()
+    heads = given.whole("num_attention_heads")
+    hidden = given.whole("hidden_size")
+    freq = given.frequency()
+    ffn = given.whole("ffn_hidden_size", 4 * hidden)
+    expert_ffn = given.whole("moe_ffn_hidden_size", ffn) if experts else None
+    scaling = Llama3RopeScaling(factor=given.number("rope_scaling_factor", 8.0))
+    epsilon = given.number("layernorm_epsilon", given.number("norm_epsilon", 1e-5))
+    try:
+        return ModelConfig(
+            num_layers=given.whole("num_layers"),
+            hidden_size=hidden,
+            # Where every layer is a mixture, the dense width means nothing, and Megatron leaves its default there.
+            ffn_hidden_size=expert_ffn if expert_ffn and freq == 1 else ffn,
+            num_attention_heads=heads,
+            num_query_groups=given.whole("num_query_groups", heads) if given.flag("group_query_attention") else heads,
+            kv_channels=given.whole("kv_channels", hidden // heads),
+            vocab_size=given.whole("vocab_size", None) or given.whole("padded_vocab_size"),
+            max_position_embeddings=given.whole("max_position_embeddings", 4096),
+            layernorm_epsilon=epsilon,
+            rotary_base=given.number("rotary_base", 10000.0),
+            rope_scaling=scaling if given.flag("use_rope_scaling") else None,
+            window_size=window,
+            share_embeddings_and_output_weights=not given.flag("untie_embeddings_and_output_weights"),
+            add_qkv_bias=given.flag("add_qkv_bias"),
+            qk_layernorm=given.flag("qk_layernorm"),
+            init_method_std=given.number("init_method_std", 0.02),
+            num_moe_experts=experts,
+            moe_ffn_hidden_size=expert_ffn,
+            moe_layer_freq=freq,
+            moe_router_topk=given.whole("moe_router_topk", 2),
+            moe_router_pre_softmax=given.flag("moe_router_pre_softmax"),
+            moe_shared_expert_intermediate_size=given.whole("moe_shared_expert_intermediate_size", None),
+            moe_shared_expert_gate=given.flag("moe_shared_expert_gate"),
+            moe_aux_loss_coeff=given.number("moe_aux_loss_coeff", 0.0) if experts else 0.0,
+        )
+    except BadInputError as error:
+        raise BadInputError(f"{where}: the args describe no model: {error}") from error
 
-    def get(name: str, default: Any = ...) -> Any:
-        value = getattr(args, name, None)
-        if value is None and default is ...:
-            raise BadInputError(f"{where}: args.{name} is missing; give the model's config.json with --hf-config")
-        return default if value is None else value
 
-    experts = get("num_experts", None)
-    window = get("window_size", None)
-    heads = get("num_attention_heads")
-    freq: Any = get("moe_layer_freq", 1)
-    ffn = get("ffn_hidden_size", 4 * get("hidden_size"))
-    return ModelConfig(
-        num_layers=get("num_layers"),
-        hidden_size=get("hidden_size"),
-        ffn_hidden_size=ffn,
-        num_attention_heads=heads,
-        num_query_groups=get("num_query_groups", heads) if get("group_query_attention", False) else heads,
-        kv_channels=get("kv_channels", get("hidden_size") // heads),
-        vocab_size=get("vocab_size", None) or get("padded_vocab_size"),
-        max_position_embeddings=get("max_position_embeddings", 4096),
-        layernorm_epsilon=get("layernorm_epsilon", None) or get("norm_epsilon", 1e-5),
-        rotary_base=float(get("rotary_base", 10000)),
-        rope_scaling=Llama3RopeScaling(factor=get("rope_scaling_factor", 8.0))
-        if get("use_rope_scaling", False)
-        else None,
-        window_size=window[0] + 1 if window else None,
-        share_embeddings_and_output_weights=not get("untie_embeddings_and_output_weights", False),
-        add_qkv_bias=bool(get("add_qkv_bias", False)),
-        qk_layernorm=bool(get("qk_layernorm", False)),
-        init_method_std=get("init_method_std", 0.02),
-        num_moe_experts=experts,
-        moe_ffn_hidden_size=(get("moe_ffn_hidden_size", None) or ffn) if experts else None,
-        moe_layer_freq=freq if isinstance(freq, int) else tuple(freq),
-        moe_router_topk=get("moe_router_topk", 2),
-        moe_router_pre_softmax=bool(get("moe_router_pre_softmax", False)),
-        moe_shared_expert_intermediate_size=get("moe_shared_expert_intermediate_size", None),
-        moe_shared_expert_gate=bool(get("moe_shared_expert_gate", False)),
-        moe_aux_loss_coeff=float(get("moe_aux_loss_coeff", 0.0)) if experts else 0.0,
-    )
+_REQUIRED: Any = object()
+
+
+class _Arguments:
+    """Arguments by name and kind. Each method raises BadInputError that names the argument and its value."""
+
+    def __init__(self, args: Namespace, where: str) -> None:
+        self._args, self._where = args, where
+
+    def whole(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A whole number from 1; the default where it is missing or None."""
+        value = getattr(self._args, name, None)
+        if value is None:
+            if default is _REQUIRED:
+                raise BadInputError(
+                    f"{self._where}: args.{name} is missing; give the model's config.json with --hf-config"
+                )
+            return default
+        if type(value) is not int or value < 1:
+            raise self._wrong(name, "a whole number from 1")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        """A number; aux losses are lists in some runs, of which the first is the coefficient."""
+        value: Any = getattr(self._args, name, None)
+        if isinstance(value, list) and value:
+            value = cast(list[Any], value)[0]
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(name, "a number")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        """True or False; False where it is missing or None."""
+        value = getattr(self._args, name, None)
+        if value not in (True, False, None):
+            raise self._wrong(name, "True or False")
+        return bool(value)
+
+    def frequency(self) -> int | tuple[int, ...]:
+        """moe_layer_freq: a whole number, or a list of ones and zeros."""
+        value: Any = getattr(self._args, "moe_layer_freq", None)
+        if isinstance(value, list | tuple):
+            return tuple(value)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        return self.whole("moe_layer_freq", 1)
+
+    def window(self) -> int | None:
+        """window_size as Megatron has it, (tokens before, tokens after), as tokens with the token itself."""
+        value: Any = getattr(self._args, "window_size", None)
+        if value is None:
+            return None
+        if not isinstance(value, list | tuple) or len(value) != 2 or type(value[0]) is not int:  # pyright: ignore
+            raise self._wrong("window_size", "a pair (tokens before, 0)")
+        return value[0] + 1
+
+    def _wrong(self, name: str, expected: str) -> BadInputError:
+        return BadInputError(f"{self._where}: args.{name} is {getattr(self._args, name)!r}: expected {expected}")
 
 
 STRUCTURE = (
@@ -197,14 +268,23 @@ STRUCTURE = (
 """Fields in which a config.json and a checkpoint's arguments must agree: they are the computation."""
 
 
-def check_agreement(from_hf: ModelConfig, from_args: ModelConfig, hf_where: str, args_where: str) -> None:
-    """Raises BadInputError naming every field in which config.json and the arguments contradict each other."""
+def check_agreement(
+    from_hf: ModelConfig, from_args: ModelConfig, hf_where: str, args_where: str, named_vocab: int | None
+) -> None:
+    """Raises BadInputError naming every field in which config.json and the arguments contradict each other.
+
+    `named_vocab` is the arguments' own vocab_size, which Megatron-LM leaves None for some tokenizers.
+    """
     wrong = [
         f"  {name}: {getattr(from_hf, name)!r} in {hf_where}, {getattr(from_args, name)!r} in the args of {args_where}"
         for name in STRUCTURE
         if getattr(from_hf, name) != getattr(from_args, name)
         and not (name.startswith("moe_") and from_hf.num_moe_experts is None)
     ]
+    if (from_hf.rope_scaling is None) != (from_args.rope_scaling is None):
+        wrong.append(f"  rope_scaling: {from_hf.rope_scaling} in {hf_where}, {from_args.rope_scaling} in the args")
+    if named_vocab is not None and named_vocab != from_hf.vocab_size:
+        wrong.append(f"  vocab_size: {from_hf.vocab_size} in {hf_where}, {named_vocab} in the args of {args_where}")
     if wrong:
         raise BadInputError("the config.json and the checkpoint's arguments describe two models:\n" + "\n".join(wrong))
 

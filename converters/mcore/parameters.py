@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.fold import folded
 from ckptbridge.converters.mapping import Family
@@ -10,7 +12,12 @@ from ckptbridge.converters.mcore.torch_dist_reader import TorchDistFolder
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.tensors import LazyTensor, rows
 
-OPTIMIZER_PREFIX = "optimizer."
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
+
+
+def is_optimizer_key(key: str) -> bool:
+    """Whether a key belongs to an optimizer, or to one of several chained ones."""
+    return _OPTIMIZER.match(key) is not None
 
 
 def parameters_of(
@@ -24,7 +31,7 @@ def parameters_of(
     keys = {
         key.removeprefix(prefix)
         for key in folder.tensors
-        if (key.startswith(prefix) if prefix else not key.startswith(OPTIMIZER_PREFIX))
+        if (key.startswith(prefix) if prefix else not is_optimizer_key(key))
     }
     per_layer = any(key.startswith("decoder.layers.0.") for key in keys)
     used: set[str] = set()
@@ -39,7 +46,8 @@ def parameters_of(
         used.add(address.key)
         whole = folder.tensors[prefix + address.key]
         expected = (*address.axes, *move.shape)
-        padded = move.layout.is_vocab and whole.shape[1:] == move.shape[1:] and whole.shape[:1] >= move.shape[:1]
+        extra_rows = whole.shape[0] - move.shape[0] if whole.shape[1:] == move.shape[1:] else -1
+        padded = move.layout.is_vocab and 0 <= extra_rows < _padding_multiple(folder)
         if whole.shape != expected and not padded:
             found = f"expected shape {list(expected)} from the config, found {list(whole.shape)}"
             wrong.add(f"  {prefix}{address.key}: {found}")
@@ -53,6 +61,16 @@ def parameters_of(
         lines += [f"  {len(unexpected)} unexpected: {', '.join(folded(unexpected)[:12])}"] if unexpected else []
         raise BadInputError("\n".join([*lines, *sorted(wrong)[:12]]))
     return tensors
+
+
+def _padding_multiple(folder: TorchDistFolder) -> int:
+    """Megatron pads the vocabulary to a multiple of this; without args, of the largest that is in use."""
+    args = folder.args
+    multiple, tp = (
+        getattr(args, "make_vocab_size_divisible_by", None),
+        getattr(args, "tensor_model_parallel_size", None),
+    )
+    return multiple * tp if isinstance(multiple, int) and isinstance(tp, int) else 128 * 64
 
 
 _LOCAL_SPELLING = (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")

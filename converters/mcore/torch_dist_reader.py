@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from ckptbridge.converters.errors import BadInputError, StorageError
+from ckptbridge.converters.errors import BadInputError, NotSupportedError, StorageError
+from ckptbridge.converters.hf_folder import read_json
 from ckptbridge.converters.pickles import TensorRef, read_pickle
 from ckptbridge.converters.tensors import Extent, LazyTensor, Stored, columns, join_columns, join_rows, rows
 from ckptbridge.converters.torch_archive import read_archive, stored_tensor
@@ -94,15 +95,14 @@ class GlobalTensor:
         depth = len(index)
         if not depth:
             return self.chunks
-        if all(size == 1 for chunk in self.chunks[:1] for size in chunk.sizes[:depth]):
-            table = self._by_index.get(depth)
-            if table is None:
-                table = {}
+        if depth not in self._by_index:
+            table: dict[tuple[int, ...], list[Chunk]] = {}
+            if all(size == 1 for chunk in self.chunks for size in chunk.sizes[:depth]):
                 for chunk in self.chunks:
                     table.setdefault(chunk.offsets[:depth], []).append(chunk)
-                self._by_index[depth] = table
-            if hit := table.get(index):
-                return hit
+            self._by_index[depth] = table
+        if hit := self._by_index[depth].get(index):
+            return hit
         return [
             chunk
             for chunk in self.chunks
@@ -123,7 +123,10 @@ class _Saved(LazyTensor):
     @cached_property
     def _stored(self) -> Stored:
         where = f"{self.chunk.path}: tensor {self.key}"
-        value, storages = read_archive(self.chunk.path, self.chunk.at, self.chunk.nbytes)
+        try:
+            value, storages = read_archive(self.chunk.path, self.chunk.at, self.chunk.nbytes)
+        except BadInputError as error:
+            raise type(error)(f"tensor {self.key}: {error}") from error
         if not isinstance(value, TensorRef):
             raise BadInputError(f"{where}: expected a tensor, found {type(value).__name__}")
         stored = stored_tensor(value, self.chunk.path, storages, where)
@@ -180,7 +183,13 @@ def open_torch_dist(folder: Path) -> TorchDistFolder:
 
     Raises BadInputError when a file is missing, shorter than the metadata says, or chunks lie outside their tensor.
     """
-    if not (folder / "metadata.json").exists():
+    if (folder / "metadata.json").exists():
+        backend = read_json(folder / "metadata.json").get("sharded_backend")
+        if backend != "torch_dist":
+            raise NotSupportedError(
+                f"{folder / 'metadata.json'}: sharded_backend is {backend!r}; supported: 'torch_dist'"
+            )
+    else:
         raise BadInputError(
             f"{folder}: metadata.json is missing: Megatron writes it last, so this checkpoint is incomplete"
         )
@@ -191,10 +200,18 @@ def open_torch_dist(folder: Path) -> TorchDistFolder:
         raise BadInputError(f"{metadata_file}: the file is missing") from error
     except OSError as error:
         raise StorageError(f"{metadata_file}: cannot be read: {error.strerror}") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+    if not isinstance(metadata, Metadata):
         raise BadInputError(f"{metadata_file}: expected torch.distributed.checkpoint's Metadata")
+    try:
+        return _described(folder, metadata)
+    except (AttributeError, TypeError, ValueError, KeyError, OverflowError) as error:
+        raise BadInputError(f"{metadata_file}: an entry is not what its place asks for: {error}") from error
+
+
+def _described(folder: Path, metadata: Metadata) -> TorchDistFolder:
+    metadata_file = folder / ".metadata"
     places: dict[str, dict[tuple[int, ...] | None, Any]] = {}
-    for index, info in metadata.storage_data.items():  # pyright: ignore
+    for index, info in dict(metadata.storage_data).items():  # pyright: ignore
         offset = None if index.offset is None else tuple(index.offset)  # pyright: ignore
         places.setdefault(index.fqn, {})[offset] = info  # pyright: ignore
     tensors: dict[str, GlobalTensor] = {}
@@ -202,7 +219,10 @@ def open_torch_dist(folder: Path) -> TorchDistFolder:
     sizes: dict[str, int] = {}
     for key, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
-            tensors[key] = _global_tensor(folder, key, entry, places.get(key, {}), sizes)
+            try:
+                tensors[key] = _global_tensor(folder, key, entry, places.get(key, {}), sizes)
+            except (AttributeError, TypeError, ValueError, OverflowError) as error:
+                raise BadInputError(f"{metadata_file}: tensor {key!r} is described wrongly: {error}") from error
         elif isinstance(entry, BytesStorageMetadata):  # pyright: ignore[reportUnnecessaryIsInstance]
             if not places.get(key):
                 raise BadInputError(f"{metadata_file}: object {key!r} is stored nowhere")
@@ -214,8 +234,11 @@ def _global_tensor(
     folder: Path, key: str, entry: TensorStorageMetadata, places: dict[Any, Any], sizes: dict[str, int]
 ) -> GlobalTensor:
     shape = tuple(entry.size)
-    whole = GlobalTensor(key, shape, entry.properties.dtype)
     where = f"{folder / '.metadata'}: tensor {key!r}"
+    dtype: Any = entry.properties.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise BadInputError(f"{where}: its dtype is {dtype!r}")
+    whole = GlobalTensor(key, shape, dtype)
     covered = 0
     for chunk in entry.chunks:
         offsets, extent = tuple(chunk.offsets), tuple(chunk.sizes)
@@ -229,7 +252,7 @@ def _global_tensor(
         if info is None:
             raise BadInputError(f"{where}: the chunk at {list(offsets)} is stored nowhere")
         path = _file(folder, info.relative_path, where, sizes)
-        if info.offset < 0 or info.offset + info.length > sizes[info.relative_path]:
+        if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[info.relative_path]:
             raise BadInputError(
                 f"{path}: tensor {key!r} ends at byte {info.offset + info.length}, the file at "
                 f"{sizes[info.relative_path]}: it is truncated"

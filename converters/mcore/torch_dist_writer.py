@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.layout import Box
 from ckptbridge.converters.mapping import Family, Move
 from ckptbridge.converters.mcore.args import make_args
@@ -37,7 +38,7 @@ from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.output import OutputFile, Piece
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.converters.tensors import Checkpoint, LazyTensor, Zeros, columns, join_rows, rows
-from ckptbridge.converters.torch_archive import tensor_archive
+from ckptbridge.converters.torch_archive import SAVED_DTYPES, tensor_archive
 
 VOCAB_MULTIPLE = 128
 """Megatron's --make-vocab-size-divisible-by, times the TP size."""
@@ -159,6 +160,8 @@ class TorchDistWriter:
         if box.columns is not None:
             part = columns(part, box.column, box.column + box.columns)
             corner = (box.row, box.column)
+        if tensor.dtype not in SAVED_DTYPES:
+            raise NotSupportedError(f"{key}: torch_dist cannot hold {tensor.dtype} here; convert with --dtype bf16")
         offsets, sizes = (*index, *corner), (*(1 for _ in axes), *part.shape)
         archive = tensor_archive(sizes, tensor.dtype)
         file = self._series(rank, archive.size)
@@ -174,6 +177,11 @@ class TorchDistWriter:
                 chunks=[],
             ),
         )
+        if entry.properties.dtype != tensor.dtype:
+            raise BadInputError(
+                f"{key}: some of its layers or experts are {entry.properties.dtype}, others {tensor.dtype}, but a key "
+                "has one dtype: convert with --dtype, or with --per-layer-keys where the layers differ"
+            )
         self._storage[MetadataIndex(key, torch.Size(offsets), len(entry.chunks))] = _StorageInfo(
             file.name, at, archive.size
         )

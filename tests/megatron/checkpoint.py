@@ -16,8 +16,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.models.gpt.gpt_model import GPTModel
-from model import logits
 from torch import Tensor
+
+from ckptbridge.trainer.megatron.model import logits
 
 # What Megatron-LM's _build_sharded_state_dict_metadata returns without a distributed optimizer.
 CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}

@@ -18,8 +18,7 @@ WORLD_SIZE = 4
 
 
 def main(job_file: Path) -> None:
-    for name in ("checkpoint", "model"):  # they import torch and megatron
-        import_module(name)
+    import_module("checkpoint")  # it imports torch and megatron
     from torch.multiprocessing import start_processes
 
     job = json.loads(job_file.read_text())
@@ -28,9 +27,10 @@ def main(job_file: Path) -> None:
 
 def run_rank(rank: int, job: dict[str, Any]) -> None:
     """All cases of the job, on one rank. An exception ends the job for every rank."""
-    import on_cpu
     import torch
     import torch.distributed as dist
+
+    from ckptbridge.trainer.megatron import on_cpu
 
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -50,8 +50,9 @@ def run_rank(rank: int, job: dict[str, Any]) -> None:
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """One load or save, on this rank; every rank returns the same result."""
     import checkpoint
-    import model
     import torch
+
+    from ckptbridge.trainer.megatron import model
 
     model.use_layout(**case["layout"])
     gpt = model.build(case["config"], local_names=case["local_names"], **case["layout"])

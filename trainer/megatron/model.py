@@ -45,10 +45,23 @@ def use_layout(tp: int, pp: int, ep: int, etp: int) -> None:
     _current_layout = (tp, pp, ep, etp)
 
 
-def build(config: dict[str, dict[str, Any]], *, local_names: bool, tp: int, pp: int, ep: int, etp: int) -> GPTModel:
-    """This rank's part of the model, in eval mode; `config` is what `megatron_kwargs` returns."""
+def build(
+    config: dict[str, dict[str, Any]],
+    *,
+    local_names: bool,
+    tp: int,
+    pp: int,
+    ep: int,
+    etp: int,
+    dtype: torch.dtype = torch.float32,
+) -> GPTModel:
+    """This rank's part of the model, in eval mode, with weights drawn by Megatron.
+
+    `config["transformer"]` and `config["gpt"]` are keyword arguments of TransformerConfig and GPTModel, as JSON
+    has them. `local_names` keeps the checkpoint keys that modules without Transformer Engine have by themselves.
+    """
     kwargs = dict(config["transformer"])
-    if "window_size" in kwargs:
+    if kwargs.get("window_size"):
         kwargs["window_size"] = tuple(kwargs["window_size"])
     transformer = TransformerConfig(
         **kwargs,
@@ -60,22 +73,24 @@ def build(config: dict[str, dict[str, Any]], *, local_names: bool, tp: int, pp: 
         activation_func=torch.nn.functional.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
         use_cpu_initialization=True,
     )
     spec = get_gpt_decoder_block_spec(transformer, use_transformer_engine=False, normalization="RMSNorm")
     for layer in [] if local_names else spec.layer_specs:
         moe = "MoELayer" in repr(layer.submodules.mlp)
         layer.submodules.sharded_state_dict_keys_map = _TE_NAMES if moe else _TE_NAMES_DENSE
-    return GPTModel(
+    model = GPTModel(
         transformer,
         spec,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         parallel_output=False,
         **config["gpt"],
-    ).eval()
+    )
+    return model.to(dtype).eval()  # norms are made in fp32 whatever params_dtype says
 
 
 def logits(model: GPTModel, tokens: Tensor) -> Tensor | None:
@@ -84,7 +99,7 @@ def logits(model: GPTModel, tokens: Tensor) -> Tensor | None:
     positions = torch.arange(length).expand(batch, length)
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)  # True: not attended to
     if not model.pre_process:
-        received = torch.empty(length, batch, model.config.hidden_size)
+        received = torch.empty(length, batch, model.config.hidden_size, dtype=model.config.params_dtype)
         dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank())
         model.set_input_tensor(received)
     output = model(tokens, positions, mask)

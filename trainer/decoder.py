@@ -1,0 +1,142 @@
+"""The decoder: Megatron-Core's parameter names and packed layouts, run as single-device code.
+
+Its state_dict names are the names of `converters.model.decoder_tensors`, so a converted checkpoint is its
+state. With the reference kernels on a CPU it is also the oracle that shows a converter's mistake: a table
+that is wrong in both directions survives every round trip, but not this forward pass.
+
+Shapes: B batch, S sequence, T = B*S tokens, H hidden_size, V vocab_size, E experts, M mixture layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ckptbridge.converters.model_config import ModelConfig
+from ckptbridge.kernels.swiglu import swiglu
+from ckptbridge.trainer.attention import Positions, SelfAttention, positions
+from ckptbridge.trainer.mixture import Balance, Mixture
+from ckptbridge.trainer.norm import Norm, NormLinear
+
+OnStage = Callable[[str, Tensor], None]
+"""Called with the name of a module ("decoder.layers.3") and its output [B, S, ...]."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderOutput:
+    """The last hidden states (normed, [B, S, H]) and how each mixture layer spread its tokens, by layer number."""
+
+    hidden_BSH: Tensor
+    balance: dict[int, Balance]
+
+    def balance_loss(self) -> Tensor:
+        """The sum over mixture layers of their load-balancing losses; each is 1 when even. Zero for a dense model."""
+        losses = [balance.loss for balance in self.balance.values()]
+        return torch.stack(losses).sum() if losses else self.hidden_BSH.new_zeros((), dtype=torch.float32)
+
+
+class Decoder(nn.Module):
+    """A decoder-only model built from its config alone; on the meta device it costs no memory.
+
+    `backend` names the kernels ("reference", "torch", "triton"). Parameters are not initialised: see `loading`.
+    """
+
+    def __init__(self, config: ModelConfig, backend: str = "reference") -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.decoder = Layers(config, backend)
+        if not config.share_embeddings_and_output_weights:
+            self.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BS: Tensor, on_stage: OnStage | None = None) -> DecoderOutput:
+        """Hidden states of every token; `on_stage` sees the embedding, each layer and the final norm."""
+        observe = on_stage or _nothing
+        weight_VH = self.embedding.word_embeddings.weight
+        x_BSH = self.embedding.word_embeddings(tokens_BS)
+        observe("embedding", x_BSH)
+        where = positions(self.config, tokens_BS.shape[1], x_BSH.device, weight_VH.dtype)
+        balance: dict[int, Balance] = {}
+        for number, layer in enumerate(self.decoder.layers):
+            x_BSH, spread = layer(x_BSH, where)
+            observe(f"decoder.layers.{number}", x_BSH)
+            if spread is not None:
+                balance[number] = spread
+        x_BSH = self.decoder.final_layernorm(x_BSH)
+        observe("decoder.final_layernorm", x_BSH)
+        return DecoderOutput(x_BSH, balance)
+
+    @property
+    def output_weight_VH(self) -> Tensor:
+        """The matrix that turns hidden states into logits: the output layer's, or the embedding's when tied."""
+        tied = self.config.share_embeddings_and_output_weights
+        return self.embedding.word_embeddings.weight if tied else self.output_layer.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., H] that `forward` returned."""
+        return F.linear(hidden, self.output_weight_VH)
+
+
+class Embedding(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.word_embeddings = WordEmbeddings(config.vocab_size, config.hidden_size)
+
+
+class WordEmbeddings(nn.Module):
+    """Rows of a matrix by token id. (nn.Embedding would draw 28 million normal numbers for SmolLM2 first.)"""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class Layers(nn.Module):
+    def __init__(self, config: ModelConfig, backend: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config, number, backend) for number in range(config.num_layers))
+        self.final_layernorm = Norm(config.hidden_size, config.layernorm_epsilon, backend)
+
+
+class Layer(nn.Module):
+    """Attention, then an MLP or a mixture of experts, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, number: int, backend: str) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(config, backend)
+        if config.is_moe_layer(number):
+            self.pre_mlp_layernorm = Norm(config.hidden_size, config.layernorm_epsilon, backend)
+            self.mlp: Mixture | Mlp = Mixture(config, backend)
+        else:
+            self.mlp = Mlp(config, backend)
+
+    def forward(self, x_BSH: Tensor, where: Positions) -> tuple[Tensor, Balance | None]:
+        x_BSH = x_BSH + self.self_attention(x_BSH, where)
+        if isinstance(self.mlp, Mlp):
+            return x_BSH + self.mlp(x_BSH), None
+        out_TH, balance = self.mlp(self.pre_mlp_layernorm(x_BSH).flatten(0, 1))
+        return x_BSH + out_TH.view_as(x_BSH), balance
+
+
+class Mlp(nn.Module):
+    """SwiGLU between two linear layers; the norm before it is the first one's. fc1 rows are gate_proj, then up_proj."""
+
+    def __init__(self, config: ModelConfig, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+        self.linear_fc1 = NormLinear(config.hidden_size, 2 * config.ffn_hidden_size, config.layernorm_epsilon, backend)
+        self.linear_fc2 = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fc2(swiglu(self.linear_fc1(x), backend=self.backend))
+
+
+def _nothing(name: str, output: Tensor) -> None:
+    pass
