@@ -86,7 +86,7 @@ class RmsNormBenchmark:
     @staticmethod
     def neighbours(case: RmsNormCase) -> Iterator[tuple[str, RmsNormConfig]]:
         """One knob at a time, but for the two that share the registers and shared memory of the backward pass."""
-        knobs = RmsNormConfig.from_shape(case.H)
+        knobs = RmsNormConfig.from_shape(case.H, case.dtype.itemsize)
         yield "default", knobs
         for factor in (0.5, 2):
             yield f"forward warps x{factor}", replace(knobs, num_warps_forward=int(knobs.num_warps_forward * factor))

@@ -25,6 +25,8 @@ from ckptbridge.kernels.backend import Backend, compiled, jit, num_multiprocesso
 
 # A row lives in the registers of one program. In the backward pass ptxas spills 18 of them at 16384 and 106 at 32768.
 MAX_WIDTH = 16384
+_SHARED_NBYTES = 200 << 10
+"""Of a Hopper multiprocessor's 227 KiB of shared memory, what tiles under way may take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,20 +37,22 @@ class RmsNormConfig:
     block_width: int
     num_warps_forward: int
     num_warps_backward: int
-    # The backward pass is a fixed number of programs that stride over the rows, each with its own sum of dweight. At
-    # H = 4096 ptxas gives a program 108 registers x 256 threads: two fit a multiprocessor. Each costs 8 H bytes of
-    # traffic for its row of partial sums: together 1.6 % of that of 16,384 rows on 132 multiprocessors.
-    programs_per_multiprocessor: int = 2
-    # Tiles under way in a backward program: the next one is copied to shared memory (24 KiB of bf16 at 4096 elements)
-    # while this one is worked on. At 4 TB/s and 0.8 us of latency a multiprocessor needs 25 KB under way at any time.
+    # The backward pass is a fixed number of programs that stride over the rows, each with its own sum of dweight,
+    # which costs 8 H bytes of traffic. One a multiprocessor with more tiles under way beat two to four on an H200 at
+    # every width (H = 7168: 229 us against 239, 243 and 250).
+    programs_per_multiprocessor: int = 1
+    # Tiles under way in a backward program: the next ones are copied to shared memory while one is worked on. Measured
+    # on an H200, bf16: 4 at widths up to 4096 (136 us; 2 took 150), 3 above (H = 8192: 261 us; 2 took 322, 4 took 266).
     num_stages_backward: int = 2
 
     @classmethod
-    def from_shape(cls, hidden_size: int) -> RmsNormConfig:
-        """Knobs for rows of `hidden_size` elements."""
+    def from_shape(cls, hidden_size: int, itemsize: int = 2) -> RmsNormConfig:
+        """Knobs for rows of `hidden_size` elements of `itemsize` bytes."""
         block_width = 1 << (hidden_size - 1).bit_length()  # Triton's blocks are powers of two
         # Narrow rows (q and k norms: 128) are grouped, or a program would not fill one 16-byte load a thread.
         tile = max(block_width, 4096)
+        wanted_stages = 4 if tile == 4096 else 3
+        stages_that_fit = _SHARED_NBYTES // (3 * tile * itemsize)  # summed and both gradients
         return cls(
             block_rows=tile // block_width,
             block_width=block_width,
@@ -56,6 +60,7 @@ class RmsNormConfig:
             num_warps_forward=tile // 1024,
             # 16 elements a thread: the sum of dweight and the weight stay in registers beside the tile.
             num_warps_backward=tile // 512,
+            num_stages_backward=max(2, min(wanted_stages, stages_that_fit)),
         )
 
 
@@ -121,7 +126,7 @@ def rms_norm(
         return rms_norm_reference(x, weight, eps, residual)
     if backend == "torch":
         return compiled(rms_norm_reference)(x, weight, eps, residual)
-    return _RmsNorm.apply(x, weight, eps, residual, config or RmsNormConfig.from_shape(x.shape[-1]))
+    return _RmsNorm.apply(x, weight, eps, residual, config or RmsNormConfig.from_shape(x.shape[-1], x.element_size()))
 
 
 class _RmsNorm(torch.autograd.Function):
