@@ -9,6 +9,7 @@ import typer
 from ckptbridge import __version__
 from ckptbridge.verbs.convert import hf2mcore, mcore2hf
 from ckptbridge.verbs.demo import demo
+from ckptbridge.verbs.diff import diff
 from ckptbridge.verbs.inspect import inspect
 from ckptbridge.verbs.plan import plan
 from ckptbridge.verbs.train import train
@@ -41,6 +42,6 @@ def main(
     """Carry large language models between Hugging Face and Megatron: convert, upcycle, verify, train."""
 
 
-for verb in (hf2mcore, mcore2hf, upcycle, verify, inspect, train, demo):
+for verb in (hf2mcore, mcore2hf, upcycle, verify, inspect, diff, train, demo):
     app.command()(verb)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(plan)

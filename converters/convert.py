@@ -69,7 +69,7 @@ class ConversionPlan:
     @property
     def peak_ram(self) -> int:
         """An upper bound of the memory that blocks and rows take, in bytes, beside the interpreter and torch."""
-        return work_nbytes(self.options.max_ram, self.options.workers) * self.options.workers
+        return 4 * work_nbytes(self.options.max_ram, self.options.workers) * self.options.workers
 
     def to_json(self) -> dict[str, Any]:
         """The plan for machines: files, routes, notes."""

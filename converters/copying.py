@@ -1,6 +1,7 @@
 """Moving bytes: source files to output files in blocks, with a CRC-32 and a digest on the way.
 
-Each byte is read once, into a block that stays in the cache while it is hashed and written. Workers are
+A byte that only moves is read once, into a block that stays in the cache while it is hashed and written; a matrix
+whose columns are cut is read once for every cut. Workers are
 threads: reading, writing and both hashes release the interpreter, and offsets are known beforehand, so
 workers share files and need no communication.
 """
@@ -41,8 +42,12 @@ PARTIAL_SUFFIX = ".partial"
 
 
 def work_nbytes(max_ram: int, workers: int) -> int:
-    """The memory that one worker may take for tensors, in bytes: at most 32 MiB, which hides every start-up cost."""
-    return max(1 << 16, min(32 << 20, max_ram // (2 * workers)))
+    """What one worker reads at a time, in bytes: at most 32 MiB, which hides every start-up cost.
+
+    A block is alive until the next one is there, and the allocator keeps what threads give back: four times this is
+    what a worker was seen to take.
+    """
+    return max(1 << 16, min(32 << 20, max_ram // (4 * workers)))
 
 
 class Copier:

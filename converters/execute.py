@@ -1,7 +1,7 @@
 """Carrying out a plan: whole or not at all, and resumable.
 
-A folder under its own name is complete; `.partial` beside it is work in progress, with a journal of the files
-that are finished. The journal is bound to the plan: it is refused when the source or an option has changed.
+A folder under its own name is complete; `.partial` beside it is work in progress, and `.partial.journal` tells which
+of its files are finished. The journal is bound to the plan: it is refused when the source or an option has changed.
 """
 
 from __future__ import annotations
@@ -31,12 +31,18 @@ from ckptbridge.converters.output import OutputFile
 from ckptbridge.converters.receipt import RECEIPT_NAME, Receipt
 from ckptbridge.converters.tensors import Checkpoint, Extent
 
-JOURNAL = "ckptbridge_journal.jsonl"
+_FINISHED = json.dumps({"plan": "finished"})
+"""The journal's first line once only names are left to change: the folder is not to be resumed then."""
 
 
 def partial_folder(target: Path) -> Path:
     """Where a target is built until it is whole."""
     return target.with_name(target.name + PARTIAL_SUFFIX)
+
+
+def journal_file(target: Path) -> Path:
+    """Beside the partial folder, so that the folder holds nothing but the output, and is known as ours to the end."""
+    return target.with_name(target.name + PARTIAL_SUFFIX + ".journal")
 
 
 def execute(plan: ConversionPlan, progress: Progress | None = None) -> Receipt:
@@ -65,24 +71,28 @@ def _execute(plan: ConversionPlan, partial: Path, progress: Progress | None) -> 
         write_file(partial / name, data)
     receipt = _receipt(plan, digests, copier.workers)
     write_file(options.receipt or partial / RECEIPT_NAME, receipt.to_json().encode())
-    (partial / JOURNAL).unlink()
     for folder in (*{(partial / file.name).parent for file in plan.files}, partial):
         sync_folder(folder)
+    journal = journal_file(plan.target)
+    write_file(journal, f"{_FINISHED}\n".encode())
     take_name(partial, plan.target)
+    journal.unlink()
     return receipt
 
 
 def _prepare(plan: ConversionPlan, partial: Path) -> None:
     """Make the partial folder with its journal, or find the one to resume."""
     _check_target(plan)
-    first = json.dumps({"plan": plan_fingerprint(plan)})
-    if partial.exists():
-        journal = partial / JOURNAL
-        if not journal.exists() and any(partial.iterdir()):
-            raise BadInputError(f"{partial}: is no unfinished conversion, so it is left alone; name another target")
-        if plan.options.resume and journal.exists():
-            if journal.read_text(errors="replace").partition("\n")[0] == first:
-                return
+    first, journal = json.dumps({"plan": plan_fingerprint(plan)}), journal_file(plan.target)
+    if partial.exists() and any(partial.iterdir()):
+        if not journal.exists():
+            raise BadInputError(
+                f"{partial}: is no unfinished conversion, so it is left alone; remove it, or name another target"
+            )
+        begun = journal.read_text(errors="replace").partition("\n")[0]
+        if plan.options.resume and begun == first:
+            return
+        if plan.options.resume and begun != _FINISHED:
             raise BadInputError(
                 f"{partial}: was begun from another source or with other options; remove it, or run without --resume "
                 "and with --overwrite"
@@ -91,9 +101,10 @@ def _prepare(plan: ConversionPlan, partial: Path) -> None:
             raise BadInputError(
                 f"{partial}: an earlier run did not finish; continue it with --resume, or begin anew with --overwrite"
             )
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    write_file(partial / JOURNAL, f"{first}\n".encode())
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    write_file(journal, f"{first}\n".encode())
+    partial.mkdir()
 
 
 def _check_target(plan: ConversionPlan) -> None:
@@ -135,14 +146,14 @@ def _write_files(plan: ConversionPlan, partial: Path, copier: Copier) -> dict[st
             continue
         written = copier.write(file)
         digests.update(written)
-        with (partial / JOURNAL).open("a") as out:
+        with journal_file(plan.target).open("a") as out:
             out.write(json.dumps({"file": file.name, "digests": written}) + "\n")
     return digests
 
 
 def _finished(plan: ConversionPlan, partial: Path) -> dict[str, dict[str, str]]:
     """{file: digests} of the files that are whole. A line that was torn by a crash ends the journal, and is cut off."""
-    journal = partial / JOURNAL
+    journal = journal_file(plan.target)
     lines = journal.read_text(errors="replace").split("\n")
     names = {file.name: {piece.name for piece in file.pieces} for file in plan.files}
     sizes = {file.name: file.size for file in plan.files}
@@ -203,9 +214,9 @@ def plan_fingerprint(plan: ConversionPlan) -> str:
         text.update(name.encode() + data)
     for path, name in plan.copies:
         text.update(name.encode() + path.read_bytes())
-    ours = (plan.target, partial_folder(plan.target))
+    ours = (plan.target, partial_folder(plan.target), journal_file(plan.target))
     for path in sorted(p for p in plan.source.path.rglob("*") if p.is_file()):
-        if not any(folder in path.parents for folder in ours):
+        if not any(mine in (path, *path.parents) for mine in ours):
             stat = path.stat()
             text.update(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}".encode())
     return text.hexdigest()

@@ -153,9 +153,8 @@ def _open_torch_dist(path: Path, hf_config: Path | None, ignore: Iterable[str]) 
         family = family_of(raw, str(hf_file))
         config = read_config(family.fields, raw, str(hf_file), ignore)
         if args is not None:
-            check_agreement(
-                config, config_from_args(args, where), str(hf_file), where, named_vocab=args.__dict__.get("vocab_size")
-            )
+            named_vocab = (getattr(args, "vocab_size", None), getattr(args, "padded_vocab_size", None))
+            check_agreement(config, config_from_args(args, where), str(hf_file), where, named_vocab)
     elif args is not None:
         config = config_from_args(args, where)
         known: Any = folder.common.get("ckptbridge")

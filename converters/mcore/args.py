@@ -269,11 +269,12 @@ STRUCTURE = (
 
 
 def check_agreement(
-    from_hf: ModelConfig, from_args: ModelConfig, hf_where: str, args_where: str, named_vocab: int | None
+    from_hf: ModelConfig, from_args: ModelConfig, hf_where: str, args_where: str, named_vocab: tuple[Any, Any]
 ) -> None:
     """Raises BadInputError naming every field in which config.json and the arguments contradict each other.
 
-    `named_vocab` is the arguments' own vocab_size, which Megatron-LM leaves None for some tokenizers.
+    `named_vocab` is the arguments' own vocab_size (the tokenizer's in Megatron-LM) and padded_vocab_size, or None.
+    A model may have rows beyond the first (Qwen has), but neither fewer nor more than there are.
     """
     wrong = [
         f"  {name}: {getattr(from_hf, name)!r} in {hf_where}, {getattr(from_args, name)!r} in the args of {args_where}"
@@ -283,8 +284,10 @@ def check_agreement(
     ]
     if (from_hf.rope_scaling is None) != (from_args.rope_scaling is None):
         wrong.append(f"  rope_scaling: {from_hf.rope_scaling} in {hf_where}, {from_args.rope_scaling} in the args")
-    if named_vocab is not None and named_vocab != from_hf.vocab_size:
-        wrong.append(f"  vocab_size: {from_hf.vocab_size} in {hf_where}, {named_vocab} in the args of {args_where}")
+    least, most = named_vocab
+    if (isinstance(least, int) and from_hf.vocab_size < least) or (isinstance(most, int) and from_hf.vocab_size > most):
+        told = f"{least} (padded {most}) in the args of {args_where}"
+        wrong.append(f"  vocab_size: {from_hf.vocab_size} in {hf_where}, {told}")
     if wrong:
         raise BadInputError("the config.json and the checkpoint's arguments describe two models:\n" + "\n".join(wrong))
 

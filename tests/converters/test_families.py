@@ -1,0 +1,388 @@
+"""Every table against the class that it describes: names and shapes of the weights, fields of the config.
+
+The tiny variants are compared with files that `save_pretrained` wrote, published models at their full size with
+the real class on the meta device.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+from ckptbridge.converters.errors import BadInputError, NotSupportedError
+from ckptbridge.converters.fields import read_config, write_config
+from ckptbridge.converters.hf_folder import read_json
+from ckptbridge.converters.mapping import Family
+from ckptbridge.converters.model import count_parameters, decoder_tensors, open_model
+from ckptbridge.converters.model_config import ModelConfig
+from ckptbridge.converters.registry import FAMILIES, family_named, family_of, family_that_expresses
+from ckptbridge.converters.tensors import Zeros
+from tests.conftest import TinyFolders
+from tests.converters.published import PARAMETERS, PUBLISHED
+from tests.tiny import TINY
+
+Json = dict[str, Any]
+
+
+def parse(config: Json) -> ModelConfig:
+    return read_config(family_of(config, "test").fields, config, "config.json")
+
+
+def parsed_or_refused(config: Json) -> ModelConfig | str:
+    """The config, or the words in which it is refused."""
+    try:
+        return parse(config)
+    except BadInputError as refused:
+        return str(refused)
+
+
+def config_object(config: Json, **changes: Any) -> Any:
+    """What transformers makes of a config.json; a copy, since its classes write into the dictionaries they get."""
+    kind = getattr(transformers, config["architectures"][0].replace("ForCausalLM", "Config"))
+    return kind(**copy.deepcopy(config | changes))
+
+
+def table(config: Json) -> dict[str, tuple[int, ...]]:
+    """Every Hugging Face name that the family's table gives a model of this config, with its shape."""
+    family, parsed = family_of(config, "test"), parse(config)
+    made: dict[str, tuple[int, ...]] = {}
+    for move in family.moves(parsed):
+        for name, shape in zip(move.hf, move.hf_shapes, strict=True):
+            assert name not in made, f"{name} is named by two rows"
+            made[name] = shape
+    return made
+
+
+def saved_names(model: transformers.PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Names and shapes as `save_pretrained` writes them: transformers 5 keeps experts fused, files have them apart."""
+    is_mixtral = isinstance(model, transformers.MixtralForCausalLM)
+    block, names = ("block_sparse_moe", "w1 w3 w2") if is_mixtral else ("mlp", "gate_proj up_proj down_proj")
+    gate_proj, up_proj, down_proj = names.split()
+    made: dict[str, tuple[int, ...]] = {}
+    tied = model.config.tie_word_embeddings
+    for name, weight in model.state_dict().items():
+        head, fused, tail = name.partition(".mlp.experts.")
+        if name == "lm_head.weight" and tied:
+            continue
+        if not fused:
+            made[name.replace(".mlp.gate.", f".{block}.gate.")] = tuple(weight.shape)
+            continue
+        count, rows, columns = weight.shape
+        for expert in range(count):
+            place = f"{head}.{block}.experts.{expert}"
+            if tail == "gate_up_proj":
+                made[f"{place}.{gate_proj}.weight"] = made[f"{place}.{up_proj}.weight"] = (rows // 2, columns)
+            else:
+                made[f"{place}.{down_proj}.weight"] = (rows, columns)
+    return made
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_table_names_exactly_what_the_class_saves(name: str, tiny_folder: TinyFolders) -> None:
+    folder = tiny_folder(name)
+    saved: dict[str, tuple[int, ...]] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as shard:
+            saved |= {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118
+    assert table(read_json(folder / "config.json")) == saved
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_table_names_exactly_the_published_model_at_full_size(name: str) -> None:
+    config = PUBLISHED[name]
+    with torch.device("meta"):
+        model = getattr(transformers, config["architectures"][0])(config_object(config))
+    expected = saved_names(model)
+    assert table(config) == expected
+    total, active = count_parameters(
+        {m.name: Zeros(m.shape, torch.bfloat16) for m in family_of(config, name).moves(parse(config))}, parse(config)
+    )
+    assert total == sum(torch.Size(shape).numel() for shape in expected.values())
+    assert (total, active) == pytest.approx(PARAMETERS[name], rel=0.02)
+
+
+def test_the_naming_oracle_sees_planted_faults(tiny_folder: TinyFolders) -> None:
+    config = read_json(tiny_folder("qwen2_moe") / "config.json")
+    family, parsed = family_of(config, "test"), parse(config)
+    saved = table(config)
+    lost = dataclasses.replace(parsed, num_moe_experts=7)
+    assert {n for m in family.moves(lost) for n in m.hf} < set(saved)
+    longer = dataclasses.replace(parsed, num_layers=5, moe_layer_freq=1)
+    assert {n for m in family.moves(longer) for n in m.hf} > set(saved)
+    no_bias = dataclasses.replace(parsed, add_qkv_bias=False)
+    assert {n for m in family.moves(no_bias) for n in m.hf} < set(saved)
+
+
+def all_configs() -> dict[str, Json]:
+    """Published configs, and the tiny ones as transformers 5 spells them."""
+    configs = dict(PUBLISHED)
+    for name, tiny in TINY.items():
+        made = getattr(transformers, f"{tiny.hf_class}Config")(
+            vocab_size=250,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            **tiny.config,
+        ).to_dict()
+        configs[f"tiny-{name}"] = made | {"architectures": [f"{tiny.hf_class}ForCausalLM"]}
+    return configs
+
+
+CONFIGS = all_configs()
+
+_BOOKKEEPING = {
+    *("architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "output_router_logits", "use_mrope"),
+    *("max_window_layers", "mlp_only_layers", "decoder_sparse_step"),
+}
+"""Fields that change no logit; which layers are sparse is compared by names."""
+
+
+_SPELLED = {"num_local_experts": "experts"}
+"""What a message may call a field that has two spellings."""
+
+
+def computing(config: Mapping[str, Any]) -> Json:
+    """The fields of a transformers config that decide the computation, as its class resolved them."""
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in _BOOKKEEPING and not (name == "sliding_window" and not value)
+    }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_survives_being_written_and_read(name: str) -> None:
+    config = CONFIGS[name]
+    family, parsed = family_of(config, name), parse(config)
+    written = write_config(family.fields, parsed)
+    assert read_config(family.fields, written, "written") == parsed
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_reads_what_is_written_as_it_reads_the_original(name: str) -> None:
+    config = CONFIGS[name]
+    family = family_of(config, name)
+    written = write_config(family.fields, parse(config)) | {"architectures": config["architectures"]}
+    published, ours = config_object(config), config_object(written)
+    expected = computing(published.to_dict())
+    got = computing(ours.to_dict())
+    expected["head_dim"] = expected.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    assert got == expected
+    assert table(config | written) == table(config)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("tiny")])
+def test_a_missing_field_means_what_the_class_assumes(name: str) -> None:
+    """Remove one field after another: either it is asked for, or its default is the class's own."""
+    config = CONFIGS[name]
+    for field in computing(config):
+        if field in ("model_type",):
+            continue
+        shorter = {key: value for key, value in config.items() if key != field}
+        got = parsed_or_refused(shorter)
+        if isinstance(got, str):
+            assert _SPELLED.get(field, field) in got
+            continue
+        filled = config_object(shorter).to_dict() | {"architectures": config["architectures"]}
+        if field == "num_key_value_heads":
+            continue  # a wrong count shows in the shapes of k and v; published files of before 2023 lack it
+        assert dataclasses.replace(got, max_position_embeddings=1) == dataclasses.replace(
+            parse(filled), max_position_embeddings=1
+        ), f"without {field}"
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("tiny")])
+def test_null_means_what_the_class_makes_of_null(name: str) -> None:
+    config = CONFIGS[name]
+    for field in computing(config):
+        if field in ("model_type", "num_key_value_heads"):
+            continue
+        try:
+            filled = config_object(config, **{field: None}).to_dict()
+        except Exception:  # the class refuses null there, in its own words
+            continue
+        got = parsed_or_refused(config | {field: None})
+        if isinstance(got, str):
+            assert _SPELLED.get(field, field) in got
+            continue
+        if any(value is None and config[key] is not None for key, value in filled.items() if key == field):
+            continue  # kept as null: the model class would fail on it
+        expected = parse(filled | {"architectures": config["architectures"]})
+        assert dataclasses.replace(got, max_position_embeddings=1) == dataclasses.replace(
+            expected, max_position_embeddings=1
+        ), f"{field} null"
+
+
+def test_old_and_new_spellings_are_one_config() -> None:
+    old = PUBLISHED["Llama-3.1-8B"]
+    rope = {**old["rope_scaling"], "rope_theta": old["rope_theta"]}
+    new = {k: v for k, v in old.items() if k not in ("rope_scaling", "rope_theta", "torch_dtype")}
+    assert parse(new | {"rope_parameters": rope, "dtype": "bfloat16"}) == parse(old)
+    legacy = old | {"rope_scaling": {("type" if k == "rope_type" else k): v for k, v in old["rope_scaling"].items()}}
+    assert parse(legacy) == parse(old)
+    qwen = PUBLISHED["Qwen3-30B-A3B"]
+    respelled = {k: v for k, v in qwen.items() if k != "num_experts"} | {"num_local_experts": 128}
+    assert parse(respelled) == parse(qwen)
+    assert parse(old).rotary_base == 500000.0
+    assert parse(old).rope_scaling is not None
+
+
+def test_the_published_meaning_of_fields() -> None:
+    """The handful of fields that a table can get wrong in both directions at once."""
+    assert parse(PUBLISHED["Mixtral-8x7B-v0.1"]).moe_router_pre_softmax is False
+    assert parse(PUBLISHED["Qwen3-30B-A3B"]).moe_router_pre_softmax is False  # norm_topk_prob
+    assert parse(PUBLISHED["Qwen2-57B-A14B"]).moe_router_pre_softmax is True
+    assert parse(PUBLISHED["Qwen1.5-MoE-A2.7B"]).moe_shared_expert_gate is True
+    assert parse(PUBLISHED["Mistral-7B-v0.1"]).window_size == 4096
+    assert parse(PUBLISHED["Mixtral-8x7B-v0.1"]).window_size is None
+    assert parse(PUBLISHED["Qwen2.5-7B"]).window_size is None
+    assert parse(PUBLISHED["Mixtral-8x7B-v0.1"]).moe_ffn_hidden_size == 14336
+    assert parse(PUBLISHED["Qwen3-8B"]).kv_channels == 128
+    assert parse(PUBLISHED["Llama-3.2-1B"]).share_embeddings_and_output_weights is True
+    assert parse(CONFIGS["tiny-qwen2_moe_sparse"]).moe_layer_freq == (0, 1, 0, 1)
+    assert parse(CONFIGS["tiny-qwen3_moe_dense_first"]).moe_layer_freq == (0, 1, 1, 1)
+
+
+REFUSED: list[tuple[str, Json, str]] = [
+    ("Llama-3.1-8B", {"attention_bias": True}, "attention_bias"),
+    ("Llama-3.1-8B", {"mlp_bias": True}, "mlp_bias"),
+    ("Llama-3.1-8B", {"hidden_act": "gelu"}, "hidden_act"),
+    ("Llama-3.1-8B", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+    ("Llama-3.1-8B", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+    ("Llama-3.1-8B", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+    ("Llama-3.1-8B", {"rope_scaling": {"factor": 8.0}}, "factor"),
+    ("Llama-3.1-8B", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    ("Llama-3.1-8B", {"sliding_window": 4096}, "sliding_window"),
+    ("Llama-3.1-8B", {"logit_scale": 0.5}, "logit_scale"),
+    ("Llama-3.1-8B", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("Mistral-7B-v0.1", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    ("Mixtral-8x7B-v0.1", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+    ("Qwen2.5-7B", {"use_sliding_window": True}, "use_sliding_window"),
+    ("Qwen2.5-7B", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+    ("Qwen2.5-7B", {"layer_types": ["full_attention", "sliding_attention"] * 14}, "sliding_attention"),
+    ("Qwen3-8B", {"attention_bias": True}, "attention_bias"),
+    ("Qwen3-8B", {"use_sliding_window": True}, "use_sliding_window"),
+    ("Qwen3-30B-A3B", {"shared_expert_intermediate_size": 768}, "shared_expert_intermediate_size"),
+    ("Qwen3-30B-A3B", {"attention_bias": True}, "attention_bias"),
+    ("Qwen2.5-7B", {"use_mrope": True}, "use_mrope"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "word"), REFUSED, ids=[f"{n}-{w}" for n, _, w in REFUSED])
+def test_a_field_that_changes_the_computation_is_refused_by_name(name: str, change: Json, word: str) -> None:
+    with pytest.raises(BadInputError) as refused:
+        parse(PUBLISHED[name] | change)
+    assert word in str(refused.value)
+    assert "config.json" in str(refused.value)
+
+
+IMPOSSIBLE: list[Json] = [
+    {"num_attention_heads": 0},
+    {"num_attention_heads": 30},
+    {"num_key_value_heads": 0},
+    {"num_hidden_layers": -1},
+    {"num_hidden_layers": 32.0},
+    {"num_hidden_layers": "32"},
+    {"hidden_size": 4096.0},
+    {"hidden_size": [4096]},
+    {"vocab_size": None},
+    {"vocab_size": 0},
+    {"intermediate_size": 0},
+    {"intermediate_size": "wide"},
+    {"rope_theta": "many"},
+    {"rope_scaling": "llama3"},
+    {"rope_scaling": {"rope_type": ["llama3"]}},
+    {"tie_word_embeddings": "false"},
+    {"rms_norm_eps": "1e-5"},
+    {"architectures": 5},
+    {"architectures": ["Llama"]},
+    {"architectures": None, "model_type": None},
+]
+
+
+@pytest.mark.parametrize("change", IMPOSSIBLE, ids=str)
+def test_a_value_that_no_model_can_have_is_bad_input(change: Json) -> None:
+    with pytest.raises(BadInputError):
+        parse(PUBLISHED["Llama-3.1-8B"] | {"head_dim": None} | change)
+
+
+def test_null_fields_that_nobody_knows_are_absent() -> None:
+    config = PUBLISHED["Qwen3-8B"]
+    assert parse(config | {"quantization_config": None, "some_new_field": None}) == parse(config)
+    ignored = read_config(
+        family_of(config, "x").fields, config | {"some_new_field": 3}, "config.json", ["some_new_field"]
+    )
+    assert ignored == parse(config)
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(NotSupportedError) as refused:
+        family_of({"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}, "there/config.json")
+    for word in ("there/config.json", "GptOssForCausalLM", *(family.architecture for family in FAMILIES)):
+        assert word in str(refused.value)
+    with pytest.raises(NotSupportedError, match="mamba"):
+        family_named("mamba")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_family_is_found_from_the_config_alone(name: str) -> None:
+    """The class that is chosen for a Megatron checkpoint without config.json computes the same model."""
+    config = PUBLISHED[name]
+    parsed = parse(config)
+    chosen = family_that_expresses(parsed, "args")
+    assert read_config(chosen.fields, write_config(chosen.fields, parsed), "made") == parsed
+    assert parsed.num_moe_experts is None or chosen is family_of(config, name)
+
+
+def _says_what_it_was_told(family: Family, config: ModelConfig) -> bool:
+    """Whether a class either refuses a config or writes one that reads back the same."""
+    try:
+        written = write_config(family.fields, config)
+    except NotSupportedError:
+        return True
+    return read_config(family.fields, written, "written") == config
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ffn_hidden_size": 4 * 14336},
+        {"window_size": 128},
+        {"add_qkv_bias": True},
+        {"qk_layernorm": True},
+        {"moe_layer_freq": (0,) + (1,) * 31},
+        {"moe_router_pre_softmax": True},
+        {"moe_shared_expert_intermediate_size": 512},
+        {"moe_shared_expert_intermediate_size": 512, "moe_shared_expert_gate": True},
+        {"kv_channels": 96},
+        {"num_moe_experts": None, "moe_ffn_hidden_size": None, "moe_aux_loss_coeff": 0.0},
+        {"share_embeddings_and_output_weights": True},
+    ],
+    ids=str,
+)
+def test_a_class_never_writes_a_config_of_another_model(family: Family, change: Json) -> None:
+    base = parse(PUBLISHED["Mixtral-8x7B-v0.1"])
+    assert _says_what_it_was_told(family, dataclasses.replace(base, **change))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_opening_names_every_parameter_once(name: str, tiny_folder: TinyFolders) -> None:
+    model = open_model(tiny_folder(name))
+    moves = list(model.family.moves(model.config))
+    assert [move.name for move in moves] == list(model.tensors)
+    assert {move.name: move.shape for move in moves} == {n: t.shape for n, t in model.tensors.items()}
+    used = [hf for move in moves for hf in move.hf]
+    assert sorted(used) == sorted(model.sources)
+    stacked = decoder_tensors(model.tensors, model.config)
+    assert sum(t.nbytes for t in stacked.values()) == sum(t.nbytes for t in model.sources.values())
