@@ -30,7 +30,15 @@ class Engine(StrEnum):
 @exits
 def verify(
     a: Annotated[str, typer.Argument(help="Checkpoint of either side, or a Hub id.", show_default=False)],
-    b: Annotated[str, typer.Argument(help="The checkpoint to compare it with.", show_default=False)],
+    b: Annotated[str | None, typer.Argument(help="The checkpoint to compare it with.", show_default=False)] = None,
+    against_receipt: Annotated[
+        Path | None,
+        typer.Option(
+            "--against-receipt",
+            help="In place of B: the receipt of the conversion that wrote or read A. Checks every tensor's digest.",
+            show_default=False,
+        ),
+    ] = None,
     text: Annotated[
         Path | None, typer.Option("--text", help="Text to predict. Default: one that comes with the program.")
     ] = None,
@@ -62,6 +70,13 @@ def verify(
     debug: o.Debug = False,
 ) -> None:
     """Compare the losses of two checkpoints on a text. Exit code 0 if they agree, 1 if not."""
+    if (b is None) == (against_receipt is None):
+        raise typer.BadParameter("name two checkpoints, or one with --against-receipt", param_hint="B")
+    if b is None:
+        from ckptbridge.verbs.recheck import verify_against_receipt
+
+        verify_against_receipt(a, against_receipt, hf_config=hf_config, as_json=as_json, quiet=quiet)
+        return
     import torch
 
     from ckptbridge import report

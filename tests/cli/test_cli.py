@@ -115,6 +115,31 @@ def test_verify_passes_and_fails_with_its_exit_code(run: Run, llama: Path, tmp_p
     assert suite.get("failures") == "1"
 
 
+def test_a_receipt_is_checked_again(run: Run, llama: Path, tmp_path: Path) -> None:
+    run("hf2mcore", llama, tmp_path / "mcore")
+    receipt = tmp_path / "mcore" / "ckptbridge_receipt.json"
+    assert json.loads(run("verify", tmp_path / "mcore", "--against-receipt", receipt, "--json").stdout)["passed"]
+    file = tmp_path / "mcore" / "release" / "__0_0.distcp"
+    blob = bytearray(file.read_bytes())
+    blob[4000] ^= 1
+    file.write_bytes(blob)
+    done = run("verify", tmp_path / "mcore", "--against-receipt", receipt, check=1)
+    assert "changed: embedding.word_embeddings.weight@0,0" in done.stdout
+    assert "--against-receipt" in run("verify", tmp_path / "mcore", check=2).stderr
+
+
+def test_diff_names_what_was_swapped(run: Run, llama: Path, tmp_path: Path) -> None:
+    run("hf2mcore", llama, tmp_path / "mcore")
+    assert json.loads(run("diff", llama, tmp_path / "mcore", "--json").stdout)["same"]
+    broken = tmp_path / "broken"
+    shutil.copytree(llama, broken)
+    tensors = load_file(broken / "model.safetensors")
+    gate_proj, up_proj = (f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    tensors[gate_proj], tensors[up_proj] = tensors[up_proj], tensors[gate_proj]
+    save_file(tensors, broken / "model.safetensors")
+    assert "gate_proj and up_proj swapped" in run("diff", broken, tmp_path / "mcore", check=1).stdout
+
+
 def test_upcycled_model_computes_the_dense_loss(run: Run, llama: Path, tmp_path: Path) -> None:
     words = ("--num-experts", 4, "--granularity", 2, "--topk", 2)
     run("upcycle", llama, tmp_path / "moe", *words)

@@ -1,0 +1,33 @@
+"""`verify PATH --against-receipt FILE`: every tensor's digest again, against the receipt of its conversion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def verify_against_receipt(source: str, receipt: Path, *, hf_config: Path | None, as_json: bool, quiet: bool) -> None:
+    """Print what changed since the receipt was written. Exit code 0 if nothing did, 1 if something did."""
+    from ckptbridge import report
+    from ckptbridge.converters.fold import folded
+    from ckptbridge.converters.hub import local_folder
+    from ckptbridge.converters.model import open_model
+    from ckptbridge.converters.receipt import read_receipt
+    from ckptbridge.converters.recheck import recheck
+
+    model = open_model(local_folder(source), hf_config=hf_config)
+    with report.byte_progress("checking digests", hidden=quiet or as_json) as progress:
+        result = recheck(model, read_receipt(receipt), progress=progress)
+    if as_json:
+        report.print_json(result.to_json())
+    elif not quiet:
+        told = f"{result.checked} tensors of {result.folder}, the {result.side} of the conversion"
+        report.out.print(
+            f"[green]unchanged[/]: {told}" if result.passed else f"[red]changed[/]: {told}", soft_wrap=True
+        )
+        for what in ("changed", "missing", "unknown"):
+            if names := getattr(result, what):
+                report.out.print(f"{what}: {', '.join(folded(names)[:12])}", soft_wrap=True)
+    if not result.passed:
+        raise typer.Exit(1)

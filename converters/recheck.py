@@ -1,0 +1,70 @@
+"""A folder checked again, later, against the receipt of the conversion that wrote (or read) it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptbridge.converters.copying import digest_of
+from ckptbridge.converters.errors import BadInputError
+from ckptbridge.converters.model import Model
+from ckptbridge.converters.receipt import Receipt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recheck:
+    """What is no longer as the receipt says. Tensors of torch_dist are chunks, named key@offsets."""
+
+    folder: str
+    side: str
+    """Which side of the conversion the folder was taken for: "target" or "source"."""
+    checked: int
+    changed: tuple[str, ...]
+    missing: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not (self.changed or self.missing or self.unknown)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"passed": self.passed, **asdict(self)}
+
+
+def recheck(
+    model: Model, receipt: Receipt, *, workers: int = 2, progress: Callable[[int, int], None] | None = None
+) -> Recheck:
+    """Compute every tensor's digest again and compare it with the receipt's.
+
+    The folder is the conversion's target, or its source where the names say so. Raises BadInputError when the
+    receipt is of neither.
+    """
+    sides = {"target": receipt.target_tensors, "source": receipt.source_tensors}
+    side = max(sides, key=lambda name: len(sides[name].keys() & model.sources.keys()))
+    expected = sides[side]
+    known = [name for name in model.sources if name in expected]
+    if not known:
+        raise BadInputError(
+            f"{model.path}: holds no tensor that the receipt of {receipt.source} names: it is another's"
+        )
+    total = sum(model.sources[name].nbytes for name in known)
+    done = 0
+    changed: list[str] = []
+    with ThreadPoolExecutor(workers) as pool:
+        for name, digest in zip(known, pool.map(digest_of, [model.sources[name] for name in known]), strict=True):
+            if digest != expected[name]:
+                changed.append(name)
+            done += model.sources[name].nbytes
+            if progress:
+                progress(done, total)
+    return Recheck(
+        folder=str(Path(model.path)),
+        side=side,
+        checked=len(known),
+        changed=tuple(changed),
+        missing=tuple(name for name in expected if name not in model.sources),
+        unknown=tuple(name for name in model.sources if name not in expected),
+    )
