@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ckptbridge.converters.errors import BadInputError, NotSupportedError, StorageError
+from ckptbridge.converters.errors import BadInputError, StorageError
+from ckptbridge.converters.pickles import TensorRef
 from ckptbridge.converters.safetensors_header import read_header
-from ckptbridge.converters.tensors import Checkpoint, LazyTensor
+from ckptbridge.converters.tensors import Checkpoint, LazyTensor, Stored
+from ckptbridge.converters.torch_archive import read_archive, stored_tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 ASSET_NAMES = (
     *(
@@ -73,7 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _tensors(folder: Path) -> Checkpoint:
     if (folder / INDEX).exists():
-        return _indexed(folder)
+        return _indexed(folder, INDEX, read_header)
     if (folder / SINGLE).exists():
         return dict(read_header(folder / SINGLE))
     others = sorted(p.name for p in folder.glob("*.safetensors"))
@@ -81,13 +86,32 @@ def _tensors(folder: Path) -> Checkpoint:
         raise BadInputError(
             f"{folder}: found {', '.join(others[:4])} but neither {SINGLE} nor {INDEX}: the index is missing"
         )
-    if any(folder.glob("*.bin")):
-        raise NotSupportedError(f"{folder}: the weights are pickles (*.bin); save them as safetensors first")
-    raise BadInputError(f"{folder}: found neither {SINGLE} nor {INDEX}")
+    if (folder / PICKLE_INDEX).exists():
+        return _indexed(folder, PICKLE_INDEX, read_pickled_weights)
+    if (folder / PICKLE).exists():
+        return dict(read_pickled_weights(folder / PICKLE))
+    raise BadInputError(f"{folder}: found neither {SINGLE} nor {INDEX}, nor {PICKLE} or its index")
 
 
-def _indexed(folder: Path) -> Checkpoint:
-    index = folder / INDEX
+def read_pickled_weights(path: Path) -> dict[str, Stored]:
+    """The tensors of a torch.save file (`pytorch_model.bin`), by its directory alone; nothing of the pickle is run.
+
+    Raises BadInputError for anything but a dictionary of contiguous tensors, NotSupportedError for other classes.
+    """
+    value, storages = read_archive(path)
+    if not isinstance(value, dict):
+        raise BadInputError(f"{path}: expected a dictionary of tensors, found {type(value).__name__}")
+    found: dict[str, Stored] = {}
+    entries: dict[Any, Any] = value  # pyright: ignore[reportUnknownVariableType]
+    for name, tensor in entries.items():
+        if not isinstance(name, str) or not isinstance(tensor, TensorRef):
+            raise BadInputError(f"{path}: entry {name!r} is {type(tensor).__name__}, expected a tensor")
+        found[name] = stored_tensor(tensor, path, storages, f"{path}: tensor {name!r}")
+    return found
+
+
+def _indexed(folder: Path, index_name: str, read: Callable[[Path], dict[str, Stored]]) -> Checkpoint:
+    index = folder / index_name
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInputError(f"{index}: weight_map is missing or empty")
@@ -103,7 +127,7 @@ def _indexed(folder: Path) -> Checkpoint:
         if not (folder / file).is_file():
             owner = next(n for n, f in names.items() if f == file)
             raise BadInputError(f"{index}: tensor {owner!r} is said to be in {file}, which is missing from {folder}")
-        headers[file] = dict(read_header(folder / file))
+        headers[file] = dict(read(folder / file))
         for name in headers[file]:
             if name in claimed:
                 raise BadInputError(f"{folder}: tensor {name!r} stands in both {claimed[name]} and {file}")
@@ -114,5 +138,5 @@ def _indexed(folder: Path) -> Checkpoint:
             raise BadInputError(f"{index}: tensor {name!r} is said to be in {file}, which does not hold it")
         found[name] = headers[file][name]
     if extra := [n for n in claimed if n not in names]:
-        raise BadInputError(f"{folder / claimed[extra[0]]}: tensor {extra[0]!r} is not named by {INDEX}")
+        raise BadInputError(f"{folder / claimed[extra[0]]}: tensor {extra[0]!r} is not named by {index_name}")
     return found

@@ -13,6 +13,7 @@ import torch
 from ckptbridge.converters.copying import PARTIAL_SUFFIX, digest_of
 from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.fields import read_config, write_config
+from ckptbridge.converters.fused_experts import with_experts_apart
 from ckptbridge.converters.hf_folder import find_assets, open_hf_folder, read_json
 from ckptbridge.converters.mapping import Family, check_names_and_shapes, packed
 from ckptbridge.converters.mcore.args import check_agreement, config_from_args
@@ -97,18 +98,21 @@ def _open_hf(path: Path, ignore: Iterable[str]) -> Model:
     expected = {n: s for m in family.moves(config) for n, s in zip(m.hf, m.hf_shapes, strict=True)}
     ignored = {name.format(layer=layer) for name in family.ignored for layer in range(config.num_layers)}
     notes: list[str] = []
-    found = dict(folder.tensors)
+    dropped: set[str] = set()
+    found = with_experts_apart(folder.tensors, family, config, str(path))
     if "lm_head.weight" in found and "lm_head.weight" not in expected:
         notes.append(_drop_tied_head(path, found))
+        dropped.add("lm_head.weight")
     check_names_and_shapes(expected, found, str(path), ignored)
-    sources = {name: tensor for name, tensor in found.items() if name not in ignored}
+    hf = {name: tensor for name, tensor in found.items() if name not in ignored}
+    sources = {name: tensor for name, tensor in folder.tensors.items() if name not in ignored and name not in dropped}
     _refuse_quantised(sources)
     return Model(
         path=path,
         format="hf",
         family=family,
         config=config,
-        tensors=packed(family, config, sources, _file_of(path, sources)),
+        tensors=packed(family, config, hf, _file_of(path, sources)),
         sources=sources,
         dtype=_main_dtype(sources.values()),
         hf_config=folder.config,

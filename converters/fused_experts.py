@@ -1,0 +1,61 @@
+"""Experts stacked in one tensor, as transformers 5 holds them in memory and some tools save them.
+
+`...experts.gate_up_proj` [E, 2F, H] and `...experts.down_proj` [E, H, F] become one tensor an expert, named as the
+family's published files name them. Rows of the stack are contiguous, so nothing is read or copied.
+
+Shapes: E experts, F width of an expert, H hidden_size.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ckptbridge.converters.errors import BadInputError
+from ckptbridge.converters.layout import GATED
+from ckptbridge.converters.mapping import Family, Move
+from ckptbridge.converters.model_config import ModelConfig
+from ckptbridge.converters.tensors import Checkpoint, LazyTensor, reshaped, rows
+
+_FUSED = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(gate_up_proj|down_proj)")
+_ROUTER = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
+
+
+def with_experts_apart(found: Checkpoint, family: Family, config: ModelConfig, where: str) -> dict[str, LazyTensor]:
+    """The same tensors with every stack of experts taken apart; what is no stack stays as it is.
+
+    Raises BadInputError, naming the tensor, when a stack has not the shape that the config asks for.
+    """
+    fused = {name: hit for name in found if (hit := _FUSED.fullmatch(name))}
+    if not fused:
+        return dict(found)
+    moves = [move for move in family.moves(config) if move.expert is not None]
+    made = {name: tensor for name, tensor in found.items() if name not in fused}
+    for name, hit in fused.items():
+        is_gated = hit[2] == "gate_up_proj"
+        mine = [m for m in moves if m.layer == int(hit[1]) and (m.layout is GATED) == is_gated]
+        made.update(_taken_apart(name, found[name], mine, where))
+    return _with_published_router(made, family, config)
+
+
+def _taken_apart(name: str, stack: LazyTensor, moves: list[Move], where: str) -> dict[str, LazyTensor]:
+    wanted = (len(moves), *moves[0].shape) if moves else ()
+    if tuple(stack.shape) != wanted:
+        raise BadInputError(f"{where}: tensor {name!r}: expected shape {list(wanted)}, found {list(stack.shape)}")
+    height = moves[0].shape[0]
+    flat = reshaped(stack, (len(moves) * height, *moves[0].shape[1:]))
+    made: dict[str, LazyTensor] = {}
+    for expert, move in enumerate(moves):
+        at = expert * height
+        for hf_name, shape in zip(move.hf, move.hf_shapes, strict=True):
+            made[hf_name] = rows(flat, at, at + shape[0])
+            at += shape[0]
+    return made
+
+
+def _with_published_router(found: dict[str, LazyTensor], family: Family, config: ModelConfig) -> dict[str, LazyTensor]:
+    """Mixtral's router is `mlp.gate` in memory and `block_sparse_moe.gate` in files."""
+    published = {m.layer: m.hf[0] for m in family.moves(config) if m.name.endswith(".mlp.router.weight")}
+    return {
+        published[int(hit[1])] if (hit := _ROUTER.fullmatch(name)) and int(hit[1]) in published else name: tensor
+        for name, tensor in found.items()
+    }
