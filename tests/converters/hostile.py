@@ -296,6 +296,6 @@ HF: dict[str, Bad] = {
     ),
     "a quantised model": Bad("llama", _config(quantization_config={"quant_method": "fp8"}), ("quantization_config",)),
     "weights under another name": Bad("llama", _renamed, ("weights.safetensors", INDEX)),
-    "weights as pickles": Bad("llama", _as_pickle, (".bin", "safetensors")),
+    "pickled weights that hold nothing": Bad("llama", _as_pickle, ("39 missing", "model.embed_tokens.weight")),
     "no weights at all": Bad("llama", lambda d: (d / _MODEL).unlink(), (_MODEL,)),
 }
