@@ -129,6 +129,11 @@ def _target(source: Model, spec: UpcycleSpec) -> tuple[Family, list[str]]:
             "across groups "
             "and meet a shard twice; verify in fp32, train with the router in fp32"
         )
+    if spec.granularity > 1 and spec.router_std is None:
+        notes.append(
+            "the router is drawn with the model's own standard deviation; tokens then lie near the borders between groups, "
+            "and training tears groups apart: SmolLM2 got worse in its first 16 steps, and better with --router-std 0.3"
+        )
     if name == "qwen2_moe":
         notes.append(
             "Qwen2Moe wants a shared expert: its down_proj is zero, so that it adds nothing until it is trained"
