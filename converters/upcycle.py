@@ -131,8 +131,9 @@ def _target(source: Model, spec: UpcycleSpec) -> tuple[Family, list[str]]:
         )
     if spec.granularity > 1 and spec.router_std is None:
         notes.append(
-            "the router is drawn with the model's own standard deviation; tokens then lie near the borders between groups, "
-            "and training tears groups apart: SmolLM2 got worse in its first 16 steps, and better with --router-std 0.3"
+            "the router is drawn with the model's own standard deviation; tokens then lie near the borders between "
+            "groups, and training tears groups apart: SmolLM2 got worse in its first 16 steps, and better with "
+            "--router-std 0.3"
         )
     if name == "qwen2_moe":
         notes.append(
