@@ -28,7 +28,7 @@ from ckptbridge.converters.model import open_model
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.converters.upcycle import UpcycleSpec, upcycled
 from ckptbridge.demo.model import dense_model
-from ckptbridge.trainer.verify import verify
+from ckptbridge.trainer.verify import VerifyReport, verify
 
 RESULTS = Path(__file__).parent / "results"
 LICENCES = Path("/usr/share/common-licenses")
@@ -73,7 +73,7 @@ def run(work: Path) -> dict[str, object]:
             f"{name:<46}{sides.loss_a:>10.5f}{sides.loss_b:>10.5f}{sides.loss_difference:>10.1e}"
             f"{moe.loss_b:>10.5f}{moe.loss_difference:>10.1e}"
         )
-        rows[name] = {"hf_to_megatron": sides.to_json(), "dense_to_moe": moe.to_json()}
+        rows[name] = {"hf_to_megatron": _without_paths(sides), "dense_to_moe": _without_paths(moe)}
     return {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "versions": {
@@ -86,6 +86,11 @@ def run(work: Path) -> dict[str, object]:
         "round_trip": {"tensors": len(there), "bit_identical": identical},
         "losses": rows,
     }
+
+
+def _without_paths(report: VerifyReport) -> dict[str, object]:
+    """The report without the names of temporary folders."""
+    return {key: value for key, value in report.to_json().items() if key not in ("a", "b")}
 
 
 if __name__ == "__main__":

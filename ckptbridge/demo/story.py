@@ -167,8 +167,8 @@ class Story:
                     label="same most likely token",
                     value=agreement,
                     text=f"{agreement:.2%}",
-                    wanted=">= 99.9 %",  # two best tokens may be as likely as each other to the last bit
-                    passed=agreement >= 0.999,
+                    wanted="100 %",
+                    passed=agreement == 1,
                 ),
             },
         )

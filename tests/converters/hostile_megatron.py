@@ -188,14 +188,14 @@ TORCH_DIST: dict[str, Bad] = {
         "llama", lambda d: edit_metadata(d, lambda m: m.storage_data.update({"a": "b"})), (".metadata",)
     ),
     "a size that is null": Bad(
-        "llama", lambda d: edit_metadata(d, lambda m: setattr(_fc1(m), "size", None)), (".metadata",)
+        "llama", lambda d: edit_metadata(d, lambda m: setattr(_fc1(m), "size", None)), (".metadata", _FC1)
     ),
     "a dtype that is a word": Bad(
         "llama",
         lambda d: edit_metadata(d, lambda m: setattr(_fc1(m).properties, "dtype", "float32")),
         (".metadata", _FC1),
     ),
-    "a place that is a word": Bad("llama", _place(offset="0"), (".metadata",)),
+    "a place that is a word": Bad("llama", _place(offset="0"), (".metadata", _FC1)),
     ".distcp missing": Bad("llama", lambda d: (d / _DISTCP).unlink(), ("__0_0.distcp", "missing")),
     ".distcp empty": Bad("llama", _truncate(_DISTCP, lambda n: 0), ("__0_0.distcp", "truncated")),
     ".distcp cut in half": Bad("llama", _truncate(_DISTCP, lambda n: n // 2), ("__0_0.distcp", "truncated")),

@@ -261,5 +261,6 @@ def test_args_of_a_model_that_computes_something_else_are_refused(change: dict[s
     ids=str,
 )
 def test_args_that_no_run_can_have_had_are_bad_input(change: dict[str, Any]) -> None:
-    with pytest.raises(BadInputError, match="release"):
+    with pytest.raises(BadInputError, match="release") as refused:
         config_from_args(_args(**change), "release")
+    assert next(iter(change)) in str(refused.value)
