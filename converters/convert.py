@@ -20,6 +20,7 @@ from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.hf_folder import INDEX, SINGLE
 from ckptbridge.converters.mapping import check_names_and_shapes, unpacked
 from ckptbridge.converters.mcore.args import megatron_notes
+from ckptbridge.converters.mcore.megatron_folder import MegatronWriter
 from ckptbridge.converters.mcore.torch_dist_reader import TRACKER
 from ckptbridge.converters.mcore.torch_dist_writer import TorchDistWriter
 from ckptbridge.converters.model import HF_SIDE_FOLDER, Model
@@ -29,6 +30,8 @@ from ckptbridge.converters.safetensors_header import make_header
 from ckptbridge.converters.tensors import Checkpoint, LazyTensor, cast
 
 GIGABYTE = 1_000_000_000
+WrittenFormat = Literal["torch_dist", "torch"]
+TargetFormat = Literal["hf"] | WrittenFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +57,7 @@ class ConversionPlan:
 
     source: Model
     target: Path
-    to: Literal["hf", "torch_dist"]
+    to: TargetFormat
     options: ConvertOptions
     files: tuple[OutputFile, ...]
     small: tuple[tuple[str, bytes], ...]
@@ -91,7 +94,7 @@ class ConversionPlan:
 
 
 def plan_conversion(
-    source: Model, target: Path, to: Literal["hf", "torch_dist"], options: ConvertOptions | None = None
+    source: Model, target: Path, to: TargetFormat, options: ConvertOptions | None = None
 ) -> ConversionPlan:
     """Everything that a conversion will write, from headers alone.
 
@@ -109,7 +112,9 @@ def plan_conversion(
     expected = {move.name: move.shape for move in source.family.moves(source.config)}
     check_names_and_shapes(expected, source.tensors, str(source.path))
     tensors = {name: _cast(tensor, options.dtype) for name, tensor in source.tensors.items()}
-    return (_plan_hf if to == "hf" else _plan_torch_dist)(source, target, tensors, options)
+    if to == "hf":
+        return _plan_hf(source, target, tensors, options)
+    return _plan_megatron(source, target, to, tensors, options)
 
 
 def _cast(tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
@@ -144,9 +149,10 @@ def _plan_hf(source: Model, target: Path, tensors: Checkpoint, options: ConvertO
     )
 
 
-def _plan_torch_dist(source: Model, target: Path, tensors: Checkpoint, options: ConvertOptions) -> ConversionPlan:
+def megatron_writer(source: Model, to: WrittenFormat, options: ConvertOptions) -> MegatronWriter:
+    """A writer of a Megatron format for this model. Raises BadInputError when the layout cannot hold the model."""
     options.layout.check(source.config)
-    writer = TorchDistWriter(
+    return TorchDistWriter(
         family=source.family,
         config=source.config,
         layout=options.layout,
@@ -155,13 +161,19 @@ def _plan_torch_dist(source: Model, target: Path, tensors: Checkpoint, options: 
         per_layer_keys=options.per_layer_keys,
         target_mcore=options.target_mcore,
     )
+
+
+def _plan_megatron(
+    source: Model, target: Path, to: WrittenFormat, tensors: Checkpoint, options: ConvertOptions
+) -> ConversionPlan:
+    writer = megatron_writer(source, to, options)
     writer.add_model(tensors)
     plan = writer.plan({"ckptbridge": {"family": source.family.name}})
     config_copy, config_file = config_json(source, options.dtype)
     return ConversionPlan(
         source=source,
         target=target,
-        to="torch_dist",
+        to=to,
         options=options,
         files=tuple(_within("release", file) for file in plan.files),
         small=(

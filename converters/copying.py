@@ -80,17 +80,19 @@ class Copier:
             try:
                 if file.size:
                     _reserve(descriptor, file.size)
-                digests = self._write_pieces(descriptor, file)
-                for offset, data in file.patches:
+                written = self._write_pieces(descriptor, file)
+                crcs = {name: crc for name, (_, crc) in written.items()}
+                for offset, data in (*file.patches, *(file.closing(crcs) if file.closing else ())):
                     _write_exactly(descriptor, offset, data)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise StorageError(disk_message(path, error)) from error
-        return digests
+        return {name: digest for name, (digest, _) in written.items()}
 
-    def _write_pieces(self, descriptor: int, file: OutputFile) -> dict[str, str]:
+    def _write_pieces(self, descriptor: int, file: OutputFile) -> dict[str, tuple[str, int]]:
+        """{piece name: (digest, CRC-32)}"""
         if self.workers == 1 or len(file.pieces) < 2:
             return {piece.name: self._write_piece(descriptor, piece) for piece in file.pieces}
         with ThreadPoolExecutor(self.workers) as pool:
@@ -103,7 +105,7 @@ class Copier:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def _write_piece(self, descriptor: int, piece: Piece) -> str:
+    def _write_piece(self, descriptor: int, piece: Piece) -> tuple[str, int]:
         crc, digest, at = 0, xxhash.xxh3_64(), piece.offset
         for block in self._blocks(piece.tensor):
             crc = crc32(block, crc)
@@ -113,7 +115,7 @@ class Copier:
             self.advance(len(block))
         for offset, data in piece.frame(crc) if piece.frame else ():
             _write_exactly(descriptor, offset, data)
-        return digest.hexdigest()
+        return digest.hexdigest(), crc
 
     def _blocks(self, tensor: LazyTensor) -> Iterator[memoryview]:
         """The bytes of a tensor in order. A block is valid until the next one is asked for."""

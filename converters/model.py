@@ -6,30 +6,24 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from ckptbridge.converters.copying import PARTIAL_SUFFIX, digest_of
+from ckptbridge.converters.copying import digest_of
 from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.fields import read_config, write_config
+from ckptbridge.converters.formats import Format, MegatronFormat, detect_format, open_megatron
 from ckptbridge.converters.fused_experts import with_experts_apart
 from ckptbridge.converters.hf_folder import find_assets, open_hf_folder, read_json
 from ckptbridge.converters.mapping import Family, check_names_and_shapes, packed
 from ckptbridge.converters.mcore.args import check_agreement, config_from_args
 from ckptbridge.converters.mcore.keys import decoder_name
-from ckptbridge.converters.mcore.parameters import is_optimizer_key, parameters_of
-from ckptbridge.converters.mcore.torch_dist_reader import (
-    TRACKER,
-    TorchDistFolder,
-    iteration_folder,
-    open_torch_dist,
-)
+from ckptbridge.converters.mcore.megatron_folder import MegatronFolder
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.registry import family_named, family_of, family_that_expresses
 from ckptbridge.converters.tensors import Checkpoint, Computed, LazyTensor, Stored
 
-Format = Literal["hf", "torch_dist"]
 HF_SIDE_FOLDER = "hf"
 """Beside the weights of a Megatron checkpoint: config.json and tokenizer, also for --tokenizer-model."""
 
@@ -54,29 +48,11 @@ class Model:
     """The file that `hf_config` is, byte for byte, if it is one."""
     assets: tuple[Path, ...]
     iteration: int = 0
+    saved: MegatronFolder | None = None
+    """The Megatron checkpoint itself, with all that stands beside the weights; None for Hugging Face."""
     notes: tuple[str, ...] = ()
     derivation: str = ""
     """What was done to the checkpoint at `path`, if it was not taken as it is: two runs with one text do the same."""
-
-
-def detect_format(path: Path) -> Format:
-    """What a folder holds. Raises BadInputError for a missing folder, NotSupportedError for a known other format."""
-    if not path.exists():
-        raise BadInputError(f"{path}: no such folder")
-    if not path.is_dir():
-        raise BadInputError(f"{path}: expected a folder, found a file")
-    if path.name.endswith(PARTIAL_SUFFIX):
-        raise BadInputError(f"{path}: a conversion that did not finish; run it again with --resume")
-    if (path / TRACKER).exists() or (path / ".metadata").exists() or (path / "metadata.json").exists():
-        folder = iteration_folder(path)
-        if any(folder.glob("mp_rank_*")):
-            raise NotSupportedError(f"{folder}: the legacy format (mp_rank_*) is not supported yet; torch_dist is")
-        return "torch_dist"
-    if (path / "config.json").exists() or any(path.glob("*.safetensors")):
-        return "hf"
-    raise BadInputError(
-        f"{path}: no checkpoint: expected config.json with *.safetensors (Hugging Face), or {TRACKER} (Megatron)"
-    )
 
 
 def open_model(path: Path, *, hf_config: Path | None = None, ignore_config_fields: Iterable[str] = ()) -> Model:
@@ -85,9 +61,10 @@ def open_model(path: Path, *, hf_config: Path | None = None, ignore_config_field
     `hf_config` is a config.json (or its folder) for a Megatron checkpoint that has none beside it.
     Raises BadInputError or NotSupportedError naming file and tensor; nothing but headers is read.
     """
-    if detect_format(path) == "hf":
+    found = detect_format(path)
+    if found == "hf":
         return _open_hf(path, ignore_config_fields)
-    return _open_torch_dist(path, hf_config, ignore_config_fields)
+    return _open_megatron(path, found, hf_config, ignore_config_fields)
 
 
 def _open_hf(path: Path, ignore: Iterable[str]) -> Model:
@@ -148,8 +125,8 @@ def _drop_tied_head(path: Path, found: dict[str, LazyTensor]) -> str:
     return "lm_head.weight is a copy of the tied embedding: it is not carried over"
 
 
-def _open_torch_dist(path: Path, hf_config: Path | None, ignore: Iterable[str]) -> Model:
-    folder = open_torch_dist(iteration_folder(path))
+def _open_megatron(path: Path, found: MegatronFormat, hf_config: Path | None, ignore: Iterable[str]) -> Model:
+    folder = open_megatron(path, found)
     hf_file = _hf_config_file(path, folder.path, hf_config)
     args, where = folder.args, str(folder.path)
     if hf_file is not None:
@@ -170,23 +147,24 @@ def _open_torch_dist(path: Path, hf_config: Path | None, ignore: Iterable[str]) 
         }
     else:
         raise BadInputError(f"{where}: holds no args that describe the model; give its config.json with --hf-config")
-    tensors = parameters_of(folder, family, config)
+    tensors = folder.parameters(family, config)
     dtype = _main_dtype(tensors.values())
     if hf_file is None:
         raw["dtype"] = str(dtype).removeprefix("torch.")
     iteration = folder.common.get("iteration", 0)
     return Model(
         path=path,
-        format="torch_dist",
+        format=found,
         family=family,
         config=config,
         tensors=tensors,
-        sources=_saved_chunks(folder),
+        sources=folder.sources(),
         dtype=dtype,
         hf_config=raw,
         hf_config_file=hf_file,
         assets=find_assets(hf_file.parent) if hf_file else (),
         iteration=iteration if isinstance(iteration, int) else 0,
+        saved=folder,
     )
 
 
@@ -198,15 +176,6 @@ def _hf_config_file(path: Path, folder: Path, given: Path | None) -> Path | None
         return file
     candidates = (path / HF_SIDE_FOLDER, folder / HF_SIDE_FOLDER, folder.parent / HF_SIDE_FOLDER)
     return next((c / "config.json" for c in candidates if (c / "config.json").is_file()), None)
-
-
-def _saved_chunks(folder: TorchDistFolder) -> dict[str, LazyTensor]:
-    return {
-        f"{key}@{','.join(map(str, chunk.offsets))}": whole.saved(chunk)
-        for key, whole in folder.tensors.items()
-        if not is_optimizer_key(key)
-        for chunk in whole.chunks
-    }
 
 
 def decoder_tensors(tensors: Checkpoint, config: ModelConfig) -> Checkpoint:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptbridge.converters.tensors import LazyTensor
@@ -29,6 +29,8 @@ class OutputFile:
     size: int = 0
     pieces: list[Piece] = field(default_factory=list[Piece])
     patches: list[Patch] = field(default_factory=list[Patch])
+    closing: Callable[[Mapping[str, int]], Sequence[Patch]] | None = None
+    """What can be written only when the CRC-32 of every piece is known, by the pieces' names: a zip's directory."""
 
     @property
     def tensor_nbytes(self) -> int:

@@ -19,16 +19,13 @@ from ckptbridge.converters.copying import Copier, sync_folder, take_name, write_
 from ckptbridge.converters.errors import BadInputError, StorageError
 from ckptbridge.converters.mapping import Move, check_names_and_shapes
 from ckptbridge.converters.mcore.keys import decoder_name
-from ckptbridge.converters.mcore.parameters import parameters_of
+from ckptbridge.converters.mcore.megatron_folder import OPTIMIZER_STATES
 from ckptbridge.converters.mcore.torch_dist_reader import TRACKER, iteration_folder, open_torch_dist
 from ckptbridge.converters.mcore.torch_dist_writer import TorchDistWriter
 from ckptbridge.converters.model import HF_SIDE_FOLDER, Model, decoder_tensors, expert_tensors, open_model
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.converters.tensors import Checkpoint, InMemory
-
-OPTIMIZER_STATES = ("param", "exp_avg", "exp_avg_sq")
-"""The fp32 main weight and Adam's two moments, in megatron-core's words."""
 
 _OWN = frozenset(("args", "checkpoint_version", "content_metadata", "iteration", "ckptbridge"))
 
@@ -75,9 +72,9 @@ def save_training_checkpoint(
         dtype=next(iter(weights.values())).dtype,
         max_file_size=5 * GIGABYTE,
     )
-    for prefix, tensors in (("", weights), *((f"optimizer.state.{name}.", t) for name, t in optimizer.items())):
+    for state, tensors in (("", weights), *optimizer.items()):
         held = {name: InMemory(tensor) for name, tensor in tensors.items()}
-        writer.add_model(expert_tensors(held, model.family, model.config), prefix)
+        writer.add_model(expert_tensors(held, model.family, model.config), state)
     args = writer.args()
     args.iteration = iteration
     plan = writer.plan(
@@ -131,11 +128,8 @@ def load_training_checkpoint(path: Path) -> TrainingCheckpoint:
     model = open_model(path)
     folder = open_torch_dist(iteration_folder(path))
     optimizer: dict[str, Checkpoint] = {}
-    for name in OPTIMIZER_STATES:
-        prefix = f"optimizer.state.{name}."
-        if any(key.startswith(prefix) for key in folder.tensors):
-            tensors = parameters_of(folder, model.family, model.config, prefix)
-            optimizer[name] = decoder_tensors(tensors, model.config)
+    for state in folder.states():
+        optimizer[state] = decoder_tensors(folder.parameters(model.family, model.config, state), model.config)
     return TrainingCheckpoint(
         model=model,
         optimizer=optimizer,

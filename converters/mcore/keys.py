@@ -40,6 +40,11 @@ def address_of(name: str, config: ModelConfig, *, per_layer_keys: bool) -> Addre
     return Address(name, tuple(index), tuple(axes))
 
 
+def state_prefix(state: str) -> str:
+    """What opens a key: nothing for the weight, `optimizer.state.exp_avg.` for a moment of Adam."""
+    return f"optimizer.state.{state}." if state else ""
+
+
 def decoder_name(name: str) -> str:
     """The name under which the decoder holds a parameter: its experts stacked, its layer in the name."""
     return _EXPERT.sub("experts.experts.", name, count=1)

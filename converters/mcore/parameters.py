@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.fold import folded
 from ckptbridge.converters.mapping import Family
-from ckptbridge.converters.mcore.keys import Address, address_of
-from ckptbridge.converters.mcore.torch_dist_reader import TorchDistFolder
+from ckptbridge.converters.mcore.keys import Address, address_of, state_prefix
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.tensors import LazyTensor, rows
+
+if TYPE_CHECKING:
+    from ckptbridge.converters.mcore.torch_dist_reader import TorchDistFolder
 
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
@@ -21,13 +24,13 @@ def is_optimizer_key(key: str) -> bool:
 
 
 def parameters_of(
-    folder: TorchDistFolder, family: Family, config: ModelConfig, prefix: str = ""
+    folder: TorchDistFolder, family: Family, config: ModelConfig, state: str = ""
 ) -> dict[str, LazyTensor]:
-    """The tensors under `prefix` by parameter name, one a layer and expert; the vocabulary without its padding.
+    """One state of every parameter by name, one a layer and expert; the vocabulary without its padding.
 
-    The empty prefix is the model itself; `optimizer.state.exp_avg.` is a moment of Adam. Raises BadInputError
-    that lists every missing and unexpected key and every shape that the config contradicts.
+    Raises BadInputError that lists every missing and unexpected key and every shape that the config contradicts.
     """
+    prefix = state_prefix(state)
     keys = {
         key.removeprefix(prefix)
         for key in folder.tensors

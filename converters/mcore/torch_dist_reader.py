@@ -21,8 +21,22 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from ckptbridge.converters.errors import BadInputError, NotSupportedError, StorageError
 from ckptbridge.converters.hf_folder import read_json
+from ckptbridge.converters.mapping import Family
+from ckptbridge.converters.mcore.keys import state_prefix
+from ckptbridge.converters.mcore.megatron_folder import OPTIMIZER_STATES
+from ckptbridge.converters.mcore.parameters import is_optimizer_key, parameters_of
+from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.pickles import TensorRef, read_pickle
-from ckptbridge.converters.tensors import Extent, LazyTensor, Stored, columns, join_columns, join_rows, rows
+from ckptbridge.converters.tensors import (
+    Checkpoint,
+    Extent,
+    LazyTensor,
+    Stored,
+    columns,
+    join_columns,
+    join_rows,
+    rows,
+)
 from ckptbridge.converters.torch_archive import read_archive, stored_tensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -157,6 +171,23 @@ class TorchDistFolder:
     def args(self) -> Namespace | None:
         args = self.common.get("args")
         return args if isinstance(args, Namespace) else None
+
+    def states(self) -> tuple[str, ...]:
+        """Which states of the optimizer are there."""
+        return tuple(s for s in OPTIMIZER_STATES if any(key.startswith(state_prefix(s)) for key in self.tensors))
+
+    def parameters(self, family: Family, config: ModelConfig, state: str = "") -> dict[str, LazyTensor]:
+        """One state of every parameter, unsplit: see MegatronFolder."""
+        return parameters_of(self, family, config, state)
+
+    def sources(self) -> Checkpoint:
+        """The weights' chunks as the files hold them, named key@offsets."""
+        return {
+            f"{key}@{','.join(map(str, chunk.offsets))}": whole.saved(chunk)
+            for key, whole in self.tensors.items()
+            if not is_optimizer_key(key)
+            for chunk in whole.chunks
+        }
 
 
 def iteration_folder(path: Path) -> Path:

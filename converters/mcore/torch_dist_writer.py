@@ -32,7 +32,8 @@ from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.layout import Box
 from ckptbridge.converters.mapping import Family, Move
 from ckptbridge.converters.mcore.args import make_args
-from ckptbridge.converters.mcore.keys import address_of, extra_state_keys
+from ckptbridge.converters.mcore.keys import address_of, extra_state_keys, state_prefix
+from ckptbridge.converters.mcore.megatron_folder import MegatronPlan
 from ckptbridge.converters.mcore.torch_dist_reader import COMMON_KEY
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.output import OutputFile, Piece
@@ -43,14 +44,6 @@ from ckptbridge.converters.torch_archive import SAVED_DTYPES, tensor_archive
 VOCAB_MULTIPLE = 128
 """Megatron's --make-vocab-size-divisible-by, times the TP size."""
 _ALIGNMENT = 64
-
-
-@dataclass(slots=True, kw_only=True)
-class TorchDistPlan:
-    """Everything that a folder will hold. `files` carry tensors, `last` are small files in the order of writing."""
-
-    files: list[OutputFile]
-    last: list[tuple[str, bytes]]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,10 +75,10 @@ class TorchDistWriter:
     def layers_in_keys(self) -> bool:
         return self.per_layer_keys or not self.config.layers_are_alike
 
-    def add_model(self, tensors: Checkpoint, prefix: str = "") -> None:
-        """Every parameter of the model, by its name with layer and expert numbers. `prefix` opens the keys."""
+    def add_model(self, tensors: Checkpoint, state: str = "") -> None:
+        """One state of every parameter, by its name with layer and expert numbers."""
         for move in self.family.moves(self.config):
-            self._add_parameter(move, tensors[move.name], prefix)
+            self._add_parameter(move, tensors[move.name], state_prefix(state))
 
     def plan(
         self,
@@ -94,7 +87,7 @@ class TorchDistWriter:
         args: Namespace | None = None,
         iteration: int = 0,
         content_metadata: Mapping[str, Any] | None = None,
-    ) -> TorchDistPlan:
+    ) -> MegatronPlan:
         """The files of everything that was added, with `common` beside the args and Megatron's own items."""
         state: dict[str, Any] = {
             "args": args or self.args(),
@@ -117,7 +110,7 @@ class TorchDistWriter:
                 json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode(),
             )
         )
-        return TorchDistPlan(files=self._files, last=last)
+        return MegatronPlan(files=self._files, last=last)
 
     def args(self) -> Namespace:
         """The arguments that describe this model and layout."""
