@@ -1,8 +1,9 @@
-"""Options that several verbs share, with Megatron's names and the field's short ones."""
+"""Options that several verbs share, with Megatron's names and the field's short ones, in groups (see flags.py)."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,25 +13,24 @@ import typer
 if TYPE_CHECKING:
     from ckptbridge.converters.convert import ConvertOptions
 
-LAYOUT, OUTPUT, RUN = "Parallel layout", "Output", "How to run"
+LAYOUT, MEGATRON, OUTPUT, RUN = "Parallel layout", "Megatron output", "Output", "How to run"
 
 Source = Annotated[
     str, typer.Argument(help="Checkpoint folder, or a Hub id (org/name) for Hugging Face.", show_default=False)
 ]
 Target = Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")]
-Tp = Annotated[int, typer.Option("--tensor-model-parallel-size", "--tp", min=1, rich_help_panel=LAYOUT)]
-Pp = Annotated[int, typer.Option("--pipeline-model-parallel-size", "--pp", min=1, rich_help_panel=LAYOUT)]
-Vpp = Annotated[int, typer.Option("--num-virtual-stages-per-pipeline-rank", "--vpp", min=1, rich_help_panel=LAYOUT)]
-Ep = Annotated[int, typer.Option("--expert-model-parallel-size", "--ep", min=1, rich_help_panel=LAYOUT)]
-Etp = Annotated[
-    int | None,
-    typer.Option("--expert-tensor-parallel-size", "--etp", min=1, help="Default: the TP size.", rich_help_panel=LAYOUT),
-]
 
 
 class CkptFormat(StrEnum):
     torch_dist = "torch_dist"
+    torch = "torch"
+
+
+class ModuleNames(StrEnum):
+    te = "te"
+    te_sequential = "te-sequential"
+    local = "local"
+    oldest = "oldest"
 
 
 class Dtype(StrEnum):
@@ -40,55 +40,171 @@ class Dtype(StrEnum):
     fp32 = "fp32"
 
 
-Format = Annotated[
-    CkptFormat, typer.Option("--ckpt-format", "--format", help="Megatron format.", rich_help_panel=OUTPUT)
-]
-DtypeOption = Annotated[
-    Dtype, typer.Option("--dtype", help="Dtype of the output; keep leaves each tensor's own.", rich_help_panel=OUTPUT)
-]
-TargetMcore = Annotated[
-    str | None,
-    typer.Option(
-        "--target-mcore",
-        help="megatron-core version that will read it, e.g. 0.16 (common.pt) or 0.19 (common_state). Default: both.",
-        rich_help_panel=OUTPUT,
-    ),
-]
-PerLayerKeys = Annotated[
-    bool,
-    typer.Option(
-        "--per-layer-keys", help="Keep layer numbers in the keys instead of stacking layers.", rich_help_panel=OUTPUT
-    ),
-]
-MaxShardSize = Annotated[
-    str, typer.Option("--max-shard-size", help="Hugging Face output: size of one file.", rich_help_panel=OUTPUT)
-]
-MaxFileSize = Annotated[
-    str, typer.Option("--max-file-size", help="torch_dist output: size of one file.", rich_help_panel=OUTPUT)
-]
-ReceiptFile = Annotated[
-    Path | None,
-    typer.Option("--receipt", help="Where the receipt goes. Default: inside the target.", rich_help_panel=OUTPUT),
-]
-Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Threads. Default: the cores, at most 4.", rich_help_panel=RUN)
-]
-MaxRam = Annotated[str, typer.Option("--max-ram", help="Bound of the memory for tensors.", rich_help_panel=RUN)]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.", rich_help_panel=RUN)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.", rich_help_panel=RUN)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.", rich_help_panel=RUN)]
 HfConfig = Annotated[
     Path | None, typer.Option("--hf-config", help="config.json for a Megatron checkpoint that has none beside it.")
 ]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")]
 IgnoreField = Annotated[
     list[str] | None,
     typer.Option(
         "--ignore-config-field", help="A field of config.json that does not change the computation.", show_default=False
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.", rich_help_panel=RUN)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=RUN)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.", rich_help_panel=RUN)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadFlags:
+    """How a source of either side is read."""
+
+    hf_config: HfConfig = None
+    revision: Revision = None
+    ignore_config_field: IgnoreField = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutFlags:
+    """Megatron's parallel sizes."""
+
+    tp: Annotated[int, typer.Option("--tp", "--tensor-model-parallel-size", min=1, rich_help_panel=LAYOUT)] = 1
+    pp: Annotated[int, typer.Option("--pp", "--pipeline-model-parallel-size", min=1, rich_help_panel=LAYOUT)] = 1
+    vpp: Annotated[
+        int, typer.Option("--vpp", "--num-virtual-stages-per-pipeline-rank", min=1, rich_help_panel=LAYOUT)
+    ] = 1
+    ep: Annotated[int, typer.Option("--ep", "--expert-model-parallel-size", min=1, rich_help_panel=LAYOUT)] = 1
+    etp: Annotated[
+        int | None,
+        typer.Option(
+            "--etp", "--expert-tensor-parallel-size", min=1, help="Default: the TP size.", rich_help_panel=LAYOUT
+        ),
+    ] = None
+    first_stage_layers: Annotated[
+        int | None,
+        typer.Option(
+            "--decoder-first-pipeline-num-layers",
+            min=0,
+            help="Layers of the first pipeline rank; the others share the rest.",
+            rich_help_panel=LAYOUT,
+        ),
+    ] = None
+    last_stage_layers: Annotated[
+        int | None,
+        typer.Option(
+            "--decoder-last-pipeline-num-layers",
+            min=0,
+            help="Layers of the last pipeline rank; the others share the rest.",
+            rich_help_panel=LAYOUT,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MegatronFlags:
+    """What a Megatron checkpoint is written as."""
+
+    ckpt_format: Annotated[
+        CkptFormat,
+        typer.Option(
+            "--ckpt-format",
+            "--format",
+            help="torch_dist loads at any layout; torch (mp_rank files) at the one that is named.",
+            rich_help_panel=MEGATRON,
+        ),
+    ] = CkptFormat.torch_dist
+    names: Annotated[
+        ModuleNames,
+        typer.Option(
+            "--module-names",
+            help="Format torch: whose modules will load it. te: Transformer Engine with grouped experts; "
+            "te-sequential: with separate experts; local: megatron-core's own; oldest: language_model.encoder...",
+            rich_help_panel=MEGATRON,
+        ),
+    ] = ModuleNames.te
+    target_mcore: Annotated[
+        str | None,
+        typer.Option(
+            "--target-mcore",
+            help="megatron-core version that will read it, e.g. 0.16 (common.pt) or 0.19 (common_state). "
+            "Default: both.",
+            rich_help_panel=MEGATRON,
+        ),
+    ] = None
+    per_layer_keys: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer-keys",
+            help="Keep layer numbers in the keys instead of stacking layers.",
+            rich_help_panel=MEGATRON,
+        ),
+    ] = False
+    for_bridge: Annotated[
+        bool,
+        typer.Option(
+            "--for-bridge", help="Also write what Megatron-Bridge looks for: run_config.yaml.", rich_help_panel=MEGATRON
+        ),
+    ] = False
+    max_file_size: Annotated[
+        str, typer.Option("--max-file-size", help="torch_dist: size of one file.", rich_help_panel=MEGATRON)
+    ] = "5GB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFlags:
+    """What is written, whatever its format."""
+
+    dtype: Annotated[
+        Dtype,
+        typer.Option("--dtype", help="Dtype of the output; keep leaves each tensor's own.", rich_help_panel=OUTPUT),
+    ] = Dtype.keep
+    check_finite: Annotated[
+        bool, typer.Option("--check-finite", help="Refuse weights that are NaN or infinite.", rich_help_panel=OUTPUT)
+    ] = False
+    receipt: Annotated[
+        Path | None,
+        typer.Option("--receipt", help="Where the receipt goes. Default: inside the target.", rich_help_panel=OUTPUT),
+    ] = None
+
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.", rich_help_panel=RUN)]
+MaxShardSize = Annotated[
+    str, typer.Option("--max-shard-size", help="Hugging Face output: size of one file.", rich_help_panel=OUTPUT)
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFlags:
+    """How a conversion runs."""
+
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Threads. Default: the cores, at most 4.", rich_help_panel=RUN),
+    ] = None
+    max_ram: Annotated[str, typer.Option("--max-ram", help="Bound of the memory for tensors.", rich_help_panel=RUN)] = (
+        "1GiB"
+    )
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.", rich_help_panel=RUN)] = (
+        False
+    )
+    overwrite: Overwrite = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.", rich_help_panel=RUN)] = (
+        False
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TellFlags:
+    """What a person or a program sees."""
+
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, nothing else.", rich_help_panel=RUN)
+    ] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=RUN)] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.", rich_help_panel=RUN)] = False
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing but the result, or nothing at all, may be printed."""
+        return self.as_json or self.quiet
+
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -111,42 +227,41 @@ def mcore_version(text: str | None) -> tuple[int, int] | None:
     return int(hit[1]), int(hit[2])
 
 
-def convert_options(
-    *,
-    tp: int = 1,
-    pp: int = 1,
-    vpp: int = 1,
-    ep: int = 1,
-    etp: int | None = None,
-    dtype: Dtype = Dtype.keep,
-    per_layer_keys: bool = False,
-    target_mcore: str | None = None,
-    max_shard_size: str = "5GB",
-    max_file_size: str = "5GB",
-    max_ram: str = "1GiB",
-    workers: int | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    receipt: Path | None = None,
-) -> ConvertOptions:
-    """The converter's options from the flags' values."""
-    import torch
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertFlags:
+    """Every flag that shapes what a conversion writes; `options` first, so that wrong usage shows before bad input."""
 
-    from ckptbridge.converters.convert import ConvertOptions
-    from ckptbridge.converters.parallel_layout import ParallelLayout
+    output: OutputFlags
+    run: RunFlags
+    layout: LayoutFlags = field(default_factory=LayoutFlags)
+    megatron: MegatronFlags = field(default_factory=MegatronFlags)
+    max_shard_size: str = "5GB"
 
-    dtypes = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    chosen = ConvertOptions(
-        layout=ParallelLayout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp),
-        dtype=dtypes[dtype.value],
-        per_layer_keys=per_layer_keys,
-        target_mcore=mcore_version(target_mcore),
-        max_file_size=nbytes(max_file_size, "--max-file-size"),
-        max_shard_size=nbytes(max_shard_size, "--max-shard-size"),
-        max_ram=nbytes(max_ram, "--max-ram"),
-        resume=resume,
-        overwrite=overwrite,
-        receipt=receipt,
-        **({} if workers is None else {"workers": workers}),
-    )
-    return chosen
+    def options(self) -> ConvertOptions:
+        """The converter's options. Raises a usage error for a size or version that is none."""
+        import torch
+
+        from ckptbridge.converters.convert import ConvertOptions
+        from ckptbridge.converters.parallel_layout import ParallelLayout
+
+        dtypes = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        layout, megatron, output, run = self.layout, self.megatron, self.output, self.run
+        return ConvertOptions(
+            layout=ParallelLayout(
+                tp=layout.tp,
+                pp=layout.pp,
+                vpp=layout.vpp,
+                ep=layout.ep,
+                etp=layout.etp,
+            ),
+            dtype=dtypes[output.dtype.value],
+            per_layer_keys=megatron.per_layer_keys,
+            target_mcore=mcore_version(megatron.target_mcore),
+            max_file_size=nbytes(megatron.max_file_size, "--max-file-size"),
+            max_shard_size=nbytes(self.max_shard_size, "--max-shard-size"),
+            max_ram=nbytes(run.max_ram, "--max-ram"),
+            resume=run.resume,
+            overwrite=run.overwrite,
+            receipt=output.receipt,
+            **({} if run.workers is None else {"workers": run.workers}),
+        )

@@ -9,10 +9,13 @@ import typer
 
 from ckptbridge import options as o
 from ckptbridge.errors import exits
+from ckptbridge.flags import takes_flags
 
 
 @exits
+@takes_flags
 def demo(
+    tell: o.TellFlags,
     folder: Annotated[Path, typer.Option("--folder", help="Where everything goes.")] = Path("demo"),
     model: Annotated[
         str | None,
@@ -24,9 +27,6 @@ def demo(
         int | None, typer.Option("--steps", min=1, help="Training steps. Default: as many as fit.")
     ] = None,
     overwrite: o.Overwrite = False,
-    as_json: o.AsJson = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
 ) -> None:
     """Convert a real model over and back, upcycle it, train it, export it; every number shown."""
     from ckptbridge import report
@@ -38,10 +38,10 @@ def demo(
         steps=steps,
         overwrite=overwrite,
         console=report.err,
-        quiet=quiet or as_json,
-        as_json=as_json,
+        quiet=tell.silent,
+        as_json=tell.as_json,
     )
-    if as_json:
+    if tell.as_json:
         report.print_json(results)
     if not results["passed"]:
         raise typer.Exit(1)

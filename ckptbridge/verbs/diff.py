@@ -8,32 +8,31 @@ import typer
 
 from ckptbridge import options as o
 from ckptbridge.errors import exits
+from ckptbridge.flags import takes_flags
 
 if TYPE_CHECKING:
     from ckptbridge.converters.diff import DiffReport
 
 
 @exits
+@takes_flags
 def diff(
     a: Annotated[str, typer.Argument(help="Checkpoint of either side, or a Hub id.", show_default=False)],
     b: Annotated[str, typer.Argument(help="The checkpoint to compare it with.", show_default=False)],
-    hf_config: o.HfConfig = None,
-    as_json: o.AsJson = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    read: o.ReadFlags,
+    tell: o.TellFlags,
 ) -> None:
     """Compare two checkpoints of any formats, tensor by tensor. Exit code 0 if they are one model, 1 if not."""
     from ckptbridge import report
     from ckptbridge.converters.diff import diff as compare
-    from ckptbridge.converters.hub import local_folder
-    from ckptbridge.converters.model import open_model
+    from ckptbridge.verbs.convert import opened
 
-    models = [open_model(local_folder(side), hf_config=hf_config) for side in (a, b)]
-    with report.byte_progress("comparing", hidden=quiet or as_json) as progress:
+    models = [opened(side, read) for side in (a, b)]
+    with report.byte_progress("comparing", hidden=tell.silent) as progress:
         result = compare(*models, progress)
-    if as_json:
+    if tell.as_json:
         report.print_json(result.to_json())
-    elif not quiet:
+    elif not tell.quiet:
         _show(result)
     if not result.same:
         raise typer.Exit(1)

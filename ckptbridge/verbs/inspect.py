@@ -8,32 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from ckptbridge import options as o
 from ckptbridge.errors import exits
+from ckptbridge.flags import takes_flags
 
 if TYPE_CHECKING:
     from ckptbridge.converters.model import Model
 
 
 @exits
-def inspect(
-    path: o.Source,
-    hf_config: o.HfConfig = None,
-    revision: o.Revision = None,
-    ignore_config_field: o.IgnoreField = None,
-    as_json: o.AsJson = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
-) -> None:
+@takes_flags
+def inspect(path: o.Source, read: o.ReadFlags, tell: o.TellFlags) -> None:
     """Show a checkpoint of either side: format, model, tensors folded by layer, sizes, parameters."""
     from ckptbridge import report
-    from ckptbridge.converters.hub import local_folder
-    from ckptbridge.converters.model import open_model
+    from ckptbridge.verbs.convert import opened
 
-    model = open_model(
-        local_folder(path, revision), hf_config=hf_config, ignore_config_fields=ignore_config_field or ()
-    )
-    if as_json:
+    model = opened(path, read)
+    if tell.as_json:
         report.print_json(description(model))
-    elif not quiet:
+    elif not tell.quiet:
         _show(model)
 
 
@@ -58,6 +49,7 @@ def description(model: Model) -> dict[str, Any]:
         "nbytes_by_dtype": dict(nbytes),
         "config": asdict(model.config),
         "layout": _saved_layout(model),
+        "optimizer": list(model.saved.states()) if model.saved else [],
         "tensors": [
             {"name": name, "count": many, "shape": shape, "dtype": dtype}
             for name, many, shape, dtype in _folded_tensors(model)
@@ -68,17 +60,16 @@ def description(model: Model) -> dict[str, Any]:
 
 def _saved_layout(model: Model) -> dict[str, int] | None:
     """The parallel sizes that a Megatron checkpoint's arguments record."""
-    if model.format != "torch_dist":
+    if model.saved is None:
         return None
-    from ckptbridge.converters.mcore.torch_dist_reader import iteration_folder, open_torch_dist
-
-    args = open_torch_dist(iteration_folder(model.path)).args
     names = {
         "tp": "tensor_model_parallel_size",
         "pp": "pipeline_model_parallel_size",
+        "vpp": "virtual_pipeline_model_parallel_size",
         "ep": "expert_model_parallel_size",
         "etp": "expert_tensor_parallel_size",
     }
+    args = model.saved.args
     return {short: size for short, name in names.items() if isinstance(size := getattr(args, name, None), int)}
 
 
@@ -118,6 +109,8 @@ def _show(model: Model) -> None:
             + ", ".join(f"{name} {size}" for name, size in info["layout"].items())
             + f", iteration {model.iteration}"
         )
+    if info["optimizer"]:
+        report.out.print(f"with the optimizer's {', '.join(info['optimizer'])}")
     table = report.table("parameter", "count", "shape", "dtype")
     for tensor in info["tensors"]:
         table.add_row(tensor["name"], str(tensor["count"]), "x".join(map(str, tensor["shape"])), tensor["dtype"])

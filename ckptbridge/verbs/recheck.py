@@ -6,22 +6,23 @@ from pathlib import Path
 
 import typer
 
+from ckptbridge import options as o
 
-def verify_against_receipt(source: str, receipt: Path, *, hf_config: Path | None, as_json: bool, quiet: bool) -> None:
+
+def verify_against_receipt(source: str, receipt: Path, hf_config: Path | None, tell: o.TellFlags) -> None:
     """Print what changed since the receipt was written. Exit code 0 if nothing did, 1 if something did."""
     from ckptbridge import report
     from ckptbridge.converters.fold import folded
-    from ckptbridge.converters.hub import local_folder
-    from ckptbridge.converters.model import open_model
     from ckptbridge.converters.receipt import read_receipt
     from ckptbridge.converters.recheck import recheck
+    from ckptbridge.verbs.convert import opened
 
-    model = open_model(local_folder(source), hf_config=hf_config)
-    with report.byte_progress("checking digests", hidden=quiet or as_json) as progress:
+    model = opened(source, o.ReadFlags(hf_config=hf_config))
+    with report.byte_progress("checking digests", hidden=tell.silent) as progress:
         result = recheck(model, read_receipt(receipt), progress=progress)
-    if as_json:
+    if tell.as_json:
         report.print_json(result.to_json())
-    elif not quiet:
+    elif not tell.quiet:
         told = f"{result.checked} tensors of {result.folder}, the {result.side} of the conversion"
         report.out.print(
             f"[green]unchanged[/]: {told}" if result.passed else f"[red]changed[/]: {told}", soft_wrap=True

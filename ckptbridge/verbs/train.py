@@ -9,13 +9,16 @@ import typer
 
 from ckptbridge import options as o
 from ckptbridge.errors import exits
+from ckptbridge.flags import takes_flags
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 
 @exits
+@takes_flags
 def train(
+    tell: o.TellFlags,
     recipe: Annotated[
         Path | None, typer.Argument(help="YAML file of the run. The same recipe again resumes it.", show_default=False)
     ] = None,
@@ -26,9 +29,6 @@ def train(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the recipe's JSON schema for editors, and stop.")
     ] = False,
-    as_json: o.AsJson = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
 ) -> None:
     """Train a model from a recipe; checkpoints are Megatron-Core's, the result a Hugging Face folder."""
     from ckptbridge import report
@@ -43,7 +43,7 @@ def train(
     from ckptbridge.trainer.recipe_file import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
-    with _Bar(checked.schedule.total_steps, hidden=quiet or as_json) as bar:
+    with _Bar(checked.schedule.total_steps, hidden=tell.silent) as bar:
         result = run(checked, on_step=bar.show)
     summary = {
         "run_folder": str(checked.run_folder),
@@ -56,9 +56,9 @@ def train(
         "log": str(result.log),
         "kernels": result.kernels,
     }
-    if as_json:
+    if tell.as_json:
         report.print_json(summary)
-    elif not quiet:
+    elif not tell.quiet:
         resumed = f" (resumed from {result.resumed_from})" if result.resumed_from else ""
         report.out.print(f"{result.steps} steps{resumed}; {result.kernels}", soft_wrap=True)
         if result.held_out_before is not None:

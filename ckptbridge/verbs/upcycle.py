@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from enum import StrEnum
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from ckptbridge import options as o
 from ckptbridge.errors import exits
+from ckptbridge.flags import takes_flags
 
 MIXTURE = "Mixture"
 
@@ -26,9 +28,16 @@ class UpcycleTarget(StrEnum):
 
 
 @exits
+@takes_flags
 def upcycle(
     source: o.Source,
     target: o.Target,
+    read: o.ReadFlags,
+    layout: o.LayoutFlags,
+    megatron: o.MegatronFlags,
+    output: o.OutputFlags,
+    run: o.RunFlags,
+    tell: o.TellFlags,
     num_experts: Annotated[
         int, typer.Option("--num-experts", min=1, help="Experts of each layer.", rich_help_panel=MIXTURE)
     ],
@@ -68,52 +77,16 @@ def upcycle(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the router's rows.", rich_help_panel=MIXTURE)] = 0,
-    tp: o.Tp = 1,
-    pp: o.Pp = 1,
-    vpp: o.Vpp = 1,
-    ep: o.Ep = 1,
-    etp: o.Etp = None,
-    hf_config: o.HfConfig = None,
-    target_mcore: o.TargetMcore = None,
-    per_layer_keys: o.PerLayerKeys = False,
-    dtype: o.DtypeOption = o.Dtype.keep,
     max_shard_size: o.MaxShardSize = "5GB",
-    max_file_size: o.MaxFileSize = "5GB",
-    revision: o.Revision = None,
-    ignore_config_field: o.IgnoreField = None,
-    receipt: o.ReceiptFile = None,
-    workers: o.Workers = None,
-    max_ram: o.MaxRam = "1GiB",
-    resume: o.Resume = False,
-    overwrite: o.Overwrite = False,
-    dry_run: o.DryRun = False,
-    as_json: o.AsJson = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
 ) -> None:
     """Turn a dense checkpoint into a mixture of experts without a jump in the loss."""
-    from ckptbridge.converters.hub import local_folder
-    from ckptbridge.converters.model import open_model
+    from ckptbridge.converters.convert import plan_conversion
     from ckptbridge.converters.upcycle import UpcycleSpec, upcycled
-    from ckptbridge.verbs.convert import convert
+    from ckptbridge.verbs.convert import carry_out, opened
 
-    chosen = o.convert_options(
-        tp=tp,
-        pp=pp,
-        vpp=vpp,
-        ep=ep,
-        etp=etp,
-        dtype=dtype,
-        per_layer_keys=per_layer_keys,
-        target_mcore=target_mcore,
-        max_shard_size=max_shard_size,
-        max_file_size=max_file_size,
-        max_ram=max_ram,
-        workers=workers,
-        resume=resume,
-        overwrite=overwrite,
-        receipt=receipt,
-    )
+    start = time.perf_counter()
+    flags = o.ConvertFlags(layout=layout, megatron=megatron, output=output, run=run, max_shard_size=max_shard_size)
+    options = flags.options()
     spec = UpcycleSpec(
         num_experts=num_experts,
         topk=topk,
@@ -123,8 +96,6 @@ def upcycle(
         router_std=router_std,
         seed=seed,
     )
-    dense = open_model(
-        local_folder(source, revision), hf_config=hf_config, ignore_config_fields=ignore_config_field or ()
-    )
-    form = "torch_dist" if to == UpcycleTarget.mcore else "hf"
-    convert(upcycled(dense, spec), target, form, chosen, dry_run=dry_run, as_json=as_json, quiet=quiet)
+    form = megatron.ckpt_format.value if to == UpcycleTarget.mcore else "hf"
+    model = upcycled(opened(source, read), spec)
+    carry_out(plan_conversion(model, target, form, options), run, tell, start)

@@ -11,6 +11,7 @@ import typer
 
 from ckptbridge import options as o
 from ckptbridge.errors import exits
+from ckptbridge.flags import takes_flags
 
 if TYPE_CHECKING:
     from ckptbridge.converters.parallel_layout import ParallelLayout
@@ -28,7 +29,9 @@ class Engine(StrEnum):
 
 
 @exits
+@takes_flags
 def verify(
+    tell: o.TellFlags,
     a: Annotated[str, typer.Argument(help="Checkpoint of either side, or a Hub id.", show_default=False)],
     b: Annotated[str | None, typer.Argument(help="The checkpoint to compare it with.", show_default=False)] = None,
     against_receipt: Annotated[
@@ -65,18 +68,15 @@ def verify(
     ] = None,
     hf_config: o.HfConfig = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Also write the result as JUnit XML.")] = None,
-    as_json: o.AsJson = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
 ) -> None:
     """Compare the losses of two checkpoints on a text. Exit code 0 if they agree, 1 if not."""
-    if (b is None) == (against_receipt is None):
-        raise typer.BadParameter("name two checkpoints, or one with --against-receipt", param_hint="B")
-    if b is None:
+    if b is None and against_receipt is not None:
         from ckptbridge.verbs.recheck import verify_against_receipt
 
-        verify_against_receipt(a, against_receipt, hf_config=hf_config, as_json=as_json, quiet=quiet)
+        verify_against_receipt(a, against_receipt, hf_config, tell)
         return
+    if b is None or against_receipt is not None:
+        raise typer.BadParameter("name two checkpoints, or one with --against-receipt", param_hint="B")
     import torch
 
     from ckptbridge import report
@@ -87,7 +87,7 @@ def verify(
     chosen = _layouts(layouts, engine)
     if text is not None and not text.is_file():
         raise BadInputError(f"{text}: no such text file")
-    with report.err.status("computing both losses") if not (quiet or as_json) else report.nothing():
+    with report.err.status("computing both losses") if not tell.silent else report.nothing():
         result = compare(
             local_folder(a),
             local_folder(b),
@@ -101,9 +101,9 @@ def verify(
         )
     if junit is not None:
         junit.write_bytes(junit_xml(a, b, result))
-    if as_json:
+    if tell.as_json:
         report.print_json(result.to_json())
-    elif not quiet:
+    elif not tell.quiet:
         report.verification(result)
     if not result.passed:
         raise typer.Exit(1)
