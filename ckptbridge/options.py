@@ -81,7 +81,7 @@ class LayoutFlags:
         int | None,
         typer.Option(
             "--decoder-first-pipeline-num-layers",
-            min=0,
+            min=1,
             help="Layers of the first pipeline rank; the others share the rest.",
             rich_help_panel=LAYOUT,
         ),
@@ -90,7 +90,7 @@ class LayoutFlags:
         int | None,
         typer.Option(
             "--decoder-last-pipeline-num-layers",
-            min=0,
+            min=1,
             help="Layers of the last pipeline rank; the others share the rest.",
             rich_help_panel=LAYOUT,
         ),
@@ -253,6 +253,8 @@ class ConvertFlags:
                 vpp=layout.vpp,
                 ep=layout.ep,
                 etp=layout.etp,
+                first_stage_layers=layout.first_stage_layers,
+                last_stage_layers=layout.last_stage_layers,
             ),
             dtype=dtypes[output.dtype.value],
             per_layer_keys=megatron.per_layer_keys,
@@ -263,5 +265,8 @@ class ConvertFlags:
             resume=run.resume,
             overwrite=run.overwrite,
             receipt=output.receipt,
+            check_finite=output.check_finite,
+            legacy_names=megatron.names.value,
+            for_bridge=megatron.for_bridge,
             **({} if run.workers is None else {"workers": run.workers}),
         )

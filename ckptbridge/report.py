@@ -100,6 +100,10 @@ def plan_table(plan: ConversionPlan) -> None:
     out.print(files)
     if others := info["other_files"]:
         out.print(f"and {', '.join(others)}", soft_wrap=True)
+    if len(by_rank := info["nbytes_by_rank"]) > 1:
+        least, most = min(by_rank.values()), max(by_rank.values())
+        told = size(most) if least == most else f"{size(least)} to {size(most)}"
+        out.print(f"{len(by_rank)} ranks of the layout have {told} each", soft_wrap=True)
     routes = table("parameter", "Hugging Face tensors", "layout")
     groups: dict[str, list[Any]] = {}
     for move in plan.source.family.moves(plan.source.config):
@@ -111,7 +115,8 @@ def plan_table(plan: ConversionPlan) -> None:
     out.print(routes)
     out.print(
         f"{info['tensors_in']} tensors in, {info['tensors_out']} out, {size(plan.nbytes)}; at most "
-        f"{size(plan.peak_ram)} of memory for tensors, {plan.options.workers} workers. Nothing was written.",
+        f"{size(plan.peak_ram)} of memory for tensors, {plan.options.workers} workers; about "
+        f"{info['estimated_seconds']:.0f} s if the disk keeps up. Nothing was written.",
         soft_wrap=True,
     )
     notes(plan.notes)

@@ -30,6 +30,9 @@ from ckptbridge.converters.safetensors_header import make_header
 from ckptbridge.converters.tensors import Checkpoint, LazyTensor, cast
 
 GIGABYTE = 1_000_000_000
+BYTES_PER_SECOND = 1.2e9
+START_SECONDS = 1.5
+"""For estimates: two cores of a Xeon with the source in the page cache (benchmarks/conversion.py)."""
 WrittenFormat = Literal["torch_dist", "torch"]
 TargetFormat = Literal["hf"] | WrittenFormat
 
@@ -49,6 +52,12 @@ class ConvertOptions:
     resume: bool = False
     overwrite: bool = False
     receipt: Path | None = None
+    check_finite: bool = False
+    """Refuse weights that are NaN or infinite."""
+    legacy_names: str = "te"
+    """Format torch: whose modules will load it (see mcore/legacy_names.py)."""
+    for_bridge: bool = False
+    """Also write what Megatron-Bridge looks for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +83,17 @@ class ConversionPlan:
         """An upper bound of the memory that blocks and rows take, in bytes, beside the interpreter and torch."""
         return 4 * work_nbytes(self.options.max_ram, self.options.workers) * self.options.workers
 
+    def nbytes_by_rank(self) -> dict[str, int]:
+        """What each rank of the named layout has files for; empty for Hugging Face, whose files belong to nobody."""
+        held: dict[str, int] = {}
+        for file in self.files if self.to != "hf" else ():
+            name = file.name.split("/")[-1 if self.to == "torch_dist" else -2]
+            rank = name.split("_")[2] if self.to == "torch_dist" else name
+            held[rank] = held.get(rank, 0) + file.size
+        return held
+
     def to_json(self) -> dict[str, Any]:
-        """The plan for machines: files, routes, notes."""
+        """The plan for machines: files, every tensor's place, routes, notes."""
         return {
             "source": str(self.source.path),
             "source_format": self.source.format,
@@ -86,7 +104,14 @@ class ConversionPlan:
             "tensors_out": sum(len(file.pieces) for file in self.files),
             "nbytes": self.nbytes,
             "peak_ram": self.peak_ram,
+            "estimated_seconds": round(START_SECONDS + self.nbytes / BYTES_PER_SECOND, 1),
             "files": {file.name: file.size for file in self.files},
+            "nbytes_by_rank": self.nbytes_by_rank(),
+            "tensors": [
+                {"name": piece.name, "file": file.name, "offset": piece.offset, "nbytes": piece.tensor.nbytes}
+                for file in self.files
+                for piece in file.pieces
+            ],
             "other_files": [name for name, _ in self.small] + [name for _, name in self.copies],
             "notes": list(self.notes),
             "routes": {move.name: list(move.hf) for move in self.source.family.moves(self.source.config)},

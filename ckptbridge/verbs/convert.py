@@ -92,7 +92,7 @@ def carry_out(plan: ConversionPlan, run: o.RunFlags, tell: o.TellFlags, start: f
         receipt = execute(plan, progress)
     seconds = time.perf_counter() - start
     if tell.as_json:
-        summary = {k: v for k, v in plan.to_json().items() if k != "routes"}
+        summary = {k: v for k, v in plan.to_json().items() if k not in ("routes", "tensors", "estimated_seconds")}
         report.print_json({**summary, "seconds": round(seconds, 3)})
     elif not tell.quiet:
         report.out.print(
