@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +13,31 @@ from ckptbridge.errors import exits
 from ckptbridge.flags import takes_flags
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ckptbridge.converters.model import Model
+    from ckptbridge.converters.tensors import LazyTensor
 
 
 @exits
 @takes_flags
 def inspect(path: o.Source, read: o.ReadFlags, tell: o.TellFlags) -> None:
-    """Show a checkpoint of either side: format, model, tensors folded by layer, sizes, parameters."""
+    """Show a checkpoint of either side: format, model, tensors folded by layer, sizes, parameters.
+
+    Of one that is not understood as a model, the tensors are shown as they stand in the files; exit code 3 then.
+    """
     from ckptbridge import report
+    from ckptbridge.converters.errors import BadInputError
+    from ckptbridge.converters.hub import local_folder
     from ckptbridge.verbs.convert import opened
 
-    model = opened(path, read)
+    try:
+        model = opened(path, read)
+    except BadInputError:
+        if not tell.silent:
+            with suppress(BadInputError):  # the first error says what is wrong
+                _show_as_stored(local_folder(path, read.revision))
+        raise
     if tell.as_json:
         report.print_json(description(model))
     elif not tell.quiet:
@@ -52,7 +68,7 @@ def description(model: Model) -> dict[str, Any]:
         "optimizer": list(model.saved.states()) if model.saved else [],
         "tensors": [
             {"name": name, "count": many, "shape": shape, "dtype": dtype}
-            for name, many, shape, dtype in _folded_tensors(model)
+            for name, many, shape, dtype in _folded_tensors(model.tensors.items())
         ],
         "notes": list(model.notes),
     }
@@ -73,15 +89,37 @@ def _saved_layout(model: Model) -> dict[str, int] | None:
     return {short: size for short, name in names.items() if isinstance(size := getattr(args, name, None), int)}
 
 
-def _folded_tensors(model: Model) -> list[tuple[str, int, list[int], str]]:
+def _folded_tensors(tensors: Iterable[tuple[str, LazyTensor]]) -> list[tuple[str, int, list[int], str]]:
     from ckptbridge.converters.fold import folded
 
     groups: dict[tuple[tuple[int, ...], str, str], list[str]] = {}
-    for name, tensor in model.tensors.items():
+    for name, tensor in tensors:
         parts = [part for part in name.split(".") if not part.isdigit()]
         kind = (tensor.shape, str(tensor.dtype).removeprefix("torch."), ".".join(parts))
         groups.setdefault(kind, []).append(name)
     return [(", ".join(folded(names)), len(names), list(shape), dtype) for (shape, dtype, _), names in groups.items()]
+
+
+def _show_as_stored(path: Path) -> None:
+    """The tensors of a checkpoint whose model is not known. Raises BadInputError when the files cannot be read."""
+    from ckptbridge import report
+    from ckptbridge.converters.formats import detect_format, open_megatron
+    from ckptbridge.converters.hf_folder import open_hf_folder
+
+    found = detect_format(path)
+    tensors = open_hf_folder(path).tensors if found == "hf" else open_megatron(path, found).sources()
+    report.out.print(f"[bold]{path}[/]: {found}, {len(tensors)} tensors as they stand in the files", soft_wrap=True)
+    # A chunk of torch_dist is named key@offsets: chunks of one shape are told together.
+    _print_tensors(_folded_tensors((name.partition("@")[0], tensor) for name, tensor in tensors.items()))
+
+
+def _print_tensors(tensors: list[tuple[str, int, list[int], str]]) -> None:
+    from ckptbridge import report
+
+    table = report.table("parameter", "count", "shape", "dtype")
+    for name, many, shape, dtype in tensors:
+        table.add_row(name, str(many), "x".join(map(str, shape)), dtype)
+    report.out.print(table)
 
 
 def _show(model: Model) -> None:
@@ -111,8 +149,5 @@ def _show(model: Model) -> None:
         )
     if info["optimizer"]:
         report.out.print(f"with the optimizer's {', '.join(info['optimizer'])}")
-    table = report.table("parameter", "count", "shape", "dtype")
-    for tensor in info["tensors"]:
-        table.add_row(tensor["name"], str(tensor["count"]), "x".join(map(str, tensor["shape"])), tensor["dtype"])
-    report.out.print(table)
+    _print_tensors(_folded_tensors(model.tensors.items()))
     report.notes(model.notes)

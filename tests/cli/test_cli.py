@@ -201,3 +201,12 @@ def test_help_is_there_before_torch(run: Run) -> None:
     subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True)
     for verb in ("hf2mcore", "mcore2hf", "upcycle", "verify", "inspect", "train", "demo"):
         assert "--json" in run(verb, "--help").stdout
+
+
+def test_a_checkpoint_of_an_unknown_architecture_is_shown_as_it_stands(run: Run, llama: Path, tmp_path: Path) -> None:
+    strange = shutil.copytree(llama, tmp_path / "strange")
+    config = (strange / "config.json").read_text().replace("LlamaForCausalLM", "StrangeForCausalLM")
+    (strange / "config.json").write_text(config)
+    done = run("inspect", strange, check=3)
+    assert "model.layers.{0...3}.mlp.gate_proj.weight" in done.stdout
+    assert "StrangeForCausalLM" in done.stderr
