@@ -12,6 +12,7 @@ from ckptbridge.verbs.demo import demo
 from ckptbridge.verbs.diff import diff
 from ckptbridge.verbs.inspect import inspect
 from ckptbridge.verbs.plan import plan
+from ckptbridge.verbs.reshard import reshard
 from ckptbridge.verbs.train import train
 from ckptbridge.verbs.upcycle import upcycle
 from ckptbridge.verbs.verify import verify
@@ -42,6 +43,6 @@ def main(
     """Carry large language models between Hugging Face and Megatron: convert, upcycle, verify, train."""
 
 
-for verb in (hf2mcore, mcore2hf, upcycle, verify, inspect, diff, train, demo):
+for verb in (hf2mcore, mcore2hf, reshard, upcycle, verify, inspect, diff, train, demo):
     app.command()(verb)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(plan)

@@ -243,6 +243,7 @@ class ConvertFlags:
 
         from ckptbridge.converters.convert import ConvertOptions
         from ckptbridge.converters.parallel_layout import ParallelLayout
+        from ckptbridge.converters.ranks import this_rank
 
         dtypes = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
         layout, megatron, output, run = self.layout, self.megatron, self.output, self.run
@@ -268,5 +269,6 @@ class ConvertFlags:
             check_finite=output.check_finite,
             legacy_names=megatron.names.value,
             for_bridge=megatron.for_bridge,
+            rank=this_rank(),
             **({} if run.workers is None else {"workers": run.workers}),
         )

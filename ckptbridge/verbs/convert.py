@@ -80,17 +80,22 @@ def refuse(model: Model, wanted: str, other_verb: str) -> None:
 
 
 def carry_out(plan: ConversionPlan, run: o.RunFlags, tell: o.TellFlags, start: float) -> None:
-    """Execute a plan, or print it, and say what was done."""
+    """Execute a plan, or print it, and say what was done; of several ranks the first does the talking."""
     from ckptbridge import report
     from ckptbridge.converters.execute import execute
 
+    first = plan.options.rank.rank == 0
     if run.dry_run:
+        if not first:
+            return
         report.print_json(plan.to_json()) if tell.as_json else report.plan_table(plan)
         return
     architecture = plan.source.family.architecture
-    with report.byte_progress(f"{architecture} -> {plan.target}", hidden=tell.silent) as progress:
+    with report.byte_progress(f"{architecture} -> {plan.target}", hidden=tell.silent or not first) as progress:
         receipt = execute(plan, progress)
     seconds = time.perf_counter() - start
+    if not first:
+        return
     if tell.as_json:
         summary = {k: v for k, v in plan.to_json().items() if k not in ("routes", "tensors", "estimated_seconds")}
         report.print_json({**summary, "seconds": round(seconds, 3)})

@@ -6,12 +6,12 @@ import typer
 
 from ckptbridge.errors import exits
 
-PLANNED = ("hf2mcore", "mcore2hf", "upcycle")
+PLANNED = ("hf2mcore", "mcore2hf", "reshard", "upcycle")
 
 
 @exits
 def plan(context: typer.Context) -> None:
-    """Show what hf2mcore, mcore2hf or upcycle would do with these arguments; write nothing."""
+    """Show what hf2mcore, mcore2hf, reshard or upcycle would do with these arguments; write nothing."""
     words = list(context.args)
     if not words or words[0] not in PLANNED:
         typer.echo(f"usage: ckptbridge plan {{{'|'.join(PLANNED)}}} ARGUMENTS: as the verb takes them", err=True)
