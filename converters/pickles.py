@@ -10,19 +10,16 @@ from __future__ import annotations
 import _compat_pickle
 import argparse
 import collections
-import io
 import pathlib
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint.filesystem as dcp_filesystem
-import torch.distributed.checkpoint.metadata as dcp_metadata
-import torch.distributed.checkpoint.planner as dcp_planner
 
-from ckptbridge.converters.errors import BadInputError, NotSupportedError
+from ckptbridge.converters.errors import BadInputError, NotSupportedError, told
+from ckptbridge.converters.mcore import distributed_metadata
+from ckptbridge.converters.pickle_machine import PickleMachine
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +51,9 @@ class Inert:
     def __setstate__(self, state: Any) -> None:
         """Accept and forget: an inert value has no behaviour."""
 
+    def __repr__(self) -> str:
+        return self.name
+
 
 _STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
@@ -69,13 +69,28 @@ _STORAGE_DTYPES = {
     "UntypedStorage": torch.uint8,
 }
 
-_INERT_PREFIXES = ("megatron.core.", "megatron.training.", "megatron.bridge.", "transformer_engine.")
+_DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
+_LONGEST_RANGE = 1 << 16
+_LONGEST_TOLD = 300
+"""Characters of a name or a reason that an error repeats."""
+
+_INERT_PREFIXES = ("megatron.", "transformer_engine.")
 _INERT_NAMES = {"signal.Signals", "enum.Enum", "torch.nn.functional.silu", "torch.nn.functional.gelu"}
+_INERT_NAMES |= {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter"}
+_INERT_NAMES |= {"numpy.ndarray", "numpy.dtype", "_io.BytesIO"}  # random states, Transformer Engine's fp8 scales
+_INERT_NAMES |= {  # Megatron keeps the plan of the save that wrote the folder
+    f"torch.distributed.checkpoint.planner.{name}"
+    for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
+}
+_INERT_NAMES |= {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
 
 
 def _rebuild_tensor(storage: Any, offset: int, shape: Any, stride: Any, *_: Any) -> TensorRef:
     if not isinstance(storage, StorageRef):
         raise BadInputError(f"a tensor is built from {type(storage).__name__}, which is no storage")
+    numbers = (offset, *shape, *stride)
+    if len(numbers) > 129 or not all(type(n) is int and abs(n) < 1 << 62 for n in numbers):
+        raise BadInputError(f"a tensor has shape {told(shape)} and strides {told(stride)}")
     return TensorRef(storage, offset, tuple(shape), tuple(stride))
 
 
@@ -83,8 +98,37 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
+def _rebuild_with_attributes(_rebuild: Any, _kind: Any, arguments: Any, *_: Any) -> TensorRef:
+    """A tensor to which Megatron has given attributes, such as how a main weight is cut; they are left out."""
+    return _rebuild_tensor(*arguments)
+
+
 def _encode(text: str, encoding: str = "utf-8") -> bytes:
     return text.encode(encoding)
+
+
+def _bytearray(*content: Any) -> bytearray:
+    if any(isinstance(part, int) for part in content):
+        raise BadInputError("the pickle asks for a bytearray of a size without its bytes")
+    return bytearray(*content)
+
+
+def _no_bytes() -> bytes:
+    """How protocol 2 writes b""."""
+    return b""
+
+
+def _slice(*ends: Any) -> slice:
+    if not all(end is None or type(end) is int for end in ends):
+        raise BadInputError("the pickle asks for a slice of something else than numbers")
+    return slice(*ends)
+
+
+def _range(*ends: int) -> range:
+    made = range(*ends)
+    if made and max(abs(made[0]), abs(made[-1])) > _LONGEST_RANGE:
+        raise BadInputError("the pickle asks for a range that no checkpoint has")
+    return made
 
 
 _ADMITTED: dict[str, Any] = {
@@ -93,9 +137,10 @@ _ADMITTED: dict[str, Any] = {
     "builtins.set": set,
     "builtins.frozenset": frozenset,
     "builtins.complex": complex,
-    "builtins.bytearray": bytearray,
-    "builtins.slice": slice,
-    "builtins.range": range,
+    "builtins.bytearray": _bytearray,
+    "builtins.bytes": _no_bytes,
+    "builtins.slice": _slice,
+    "builtins.range": _range,
     "_codecs.encode": _encode,
     "pathlib.PosixPath": pathlib.PurePosixPath,
     "pathlib.PurePosixPath": pathlib.PurePosixPath,
@@ -104,20 +149,10 @@ _ADMITTED: dict[str, Any] = {
     "torch.Size": torch.Size,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_with_attributes,
     "torch.serialization._get_layout": torch.serialization._get_layout,  # pyright: ignore
-    "torch.distributed.checkpoint.metadata.Metadata": dcp_metadata.Metadata,
-    "torch.distributed.checkpoint.metadata.MetadataIndex": dcp_metadata.MetadataIndex,
-    "torch.distributed.checkpoint.metadata.StorageMeta": dcp_metadata.StorageMeta,
-    "torch.distributed.checkpoint.metadata.TensorStorageMetadata": dcp_metadata.TensorStorageMetadata,
-    "torch.distributed.checkpoint.metadata.BytesStorageMetadata": dcp_metadata.BytesStorageMetadata,
-    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata": dcp_metadata.ChunkStorageMetadata,
-    "torch.distributed.checkpoint.metadata.TensorProperties": dcp_metadata.TensorProperties,
-    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING": dcp_metadata._MEM_FORMAT_ENCODING,  # pyright: ignore
-    "torch.distributed.checkpoint.filesystem._StorageInfo": dcp_filesystem._StorageInfo,  # pyright: ignore
-    "torch.distributed.checkpoint.planner.SavePlan": dcp_planner.SavePlan,
-    "torch.distributed.checkpoint.planner.WriteItem": dcp_planner.WriteItem,
-    "torch.distributed.checkpoint.planner.WriteItemType": dcp_planner.WriteItemType,
-    "torch.distributed.checkpoint.planner.TensorWriteData": dcp_planner.TensorWriteData,
+    **distributed_metadata.NAMES,
 }
 
 
@@ -126,9 +161,9 @@ _PYTHON_2_NAMES = _compat_pickle.NAME_MAPPING
 """Protocol 2, which torch writes, has Python 2's names."""
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(PickleMachine):
     def __init__(self, data: bytes, where: str) -> None:
-        super().__init__(io.BytesIO(data))
+        super().__init__(data)
         self._where = where
         self._given: dict[str, Any] = {}
 
@@ -139,12 +174,12 @@ class _Reader(pickle.Unpickler):
             return self._throwaway(name)
         if module_name in ("torch", "torch.storage") and global_name in _STORAGE_DTYPES:
             return _STORAGE_DTYPES[global_name]
-        if module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype):
-            return getattr(torch, global_name)
+        if module_name == "torch" and global_name in _DTYPES:
+            return _DTYPES[global_name]
         if module_name.startswith(_INERT_PREFIXES) or name in _INERT_NAMES:
             return _inert(name)
         raise NotSupportedError(
-            f"{self._where}: the pickle asks for {name}, which no checkpoint needs; it was not loaded. "
+            f"{self._where}: the pickle asks for {name[:_LONGEST_TOLD]}, which no checkpoint needs; it was not loaded. "
             "If you trust the file and need it, tell us the name"
         )
 
@@ -157,7 +192,7 @@ class _Reader(pickle.Unpickler):
                 and type(admitted) is type
                 and admitted.__module__ not in ("builtins", "torch")
             ):
-                self._given[name] = type(admitted.__name__, (admitted,), {})
+                self._given[name] = type(admitted.__name__, (admitted,), {"__repr__": object.__repr__})
             elif isinstance(admitted, type) and type(admitted) is type:
                 self._given[name] = admitted  # built in: its attributes cannot be set
             else:
@@ -165,9 +200,11 @@ class _Reader(pickle.Unpickler):
         return self._given[name]
 
     def persistent_load(self, pid: Any, /) -> Any:
-        if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], torch.dtype)):  # pyright: ignore
-            raise BadInputError(f"{self._where}: the pickle refers to {pid!r}, which is no tensor storage")
-        return StorageRef(str(pid[2]), pid[1], int(pid[4]))  # pyright: ignore
+        match pid:
+            case ("storage", torch.dtype() as dtype, str() as key, _, int() as numel, *_):
+                return StorageRef(key, dtype, numel)
+            case _:
+                raise BadInputError(f"{self._where}: the pickle refers to what is no tensor storage")
 
 
 def _forwarding(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,7 +230,6 @@ def read_pickle(data: bytes, where: str) -> Any:
         if where in str(error):
             raise
         raise type(error)(f"{where}: {error}") from error
-    except MemoryError as error:
-        raise BadInputError(f"{where}: the pickle asks for more memory than there is") from error
     except Exception as error:
-        raise BadInputError(f"{where}: the pickle cannot be read: {type(error).__name__}: {error}") from error
+        told = f"{type(error).__name__}: {error}"[:_LONGEST_TOLD]
+        raise BadInputError(f"{where}: the pickle cannot be read: {told}") from error
