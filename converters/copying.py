@@ -1,68 +1,79 @@
 """Moving bytes: source files to output files in blocks, with a CRC-32 and a digest on the way.
 
-A byte that only moves is read once, into a block that stays in the cache while it is hashed and written; a matrix
-whose columns are cut is read once for every cut. Workers are
-threads: reading, writing and both hashes release the interpreter, and offsets are known beforehand, so
-workers share files and need no communication.
+A byte is read once for all the pieces that it goes to, into a block that stays in the cache while it is hashed and
+written. Workers are threads: reading, writing and both hashes release the interpreter, and offsets are known
+beforehand, so workers share files and need no communication.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import os
-import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import xxhash
+from torch import Tensor
 
-from ckptbridge.converters.errors import StorageError
-from ckptbridge.converters.output import OutputFile, Piece
-from ckptbridge.converters.tensors import LazyTensor, read_exactly
-
-try:
-    from isal.isal_zlib import crc32  # pyright: ignore[reportUnknownVariableType] - 16 GB/s a core, against zlib's 2.4
-except ImportError:
-    from zlib import crc32
+from ckptbridge.converters.blocks import bytes_of
+from ckptbridge.converters.disk import disk_message
+from ckptbridge.converters.drafts import Draft, Stream, in_source_order
+from ckptbridge.converters.finishing import Finisher
+from ckptbridge.converters.output import OutputFile
+from ckptbridge.converters.tasks import Task, tasks_of
+from ckptbridge.converters.tensors import Extent, LazyTensor, RowMap, read_exactly, watched
+from ckptbridge.converters.witness import Witness
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all); from one thread at a time."""
 
 BLOCK_NBYTES = 1 << 20
 """One block fits the second-level cache: hashing then reads it from there and not from memory."""
-
-
-PARTIAL_SUFFIX = ".partial"
-"""What a folder's name ends with until it is whole."""
+ROWS_NBYTES = 4 << 20
+"""What is computed of a tensor at a time, with all intermediate values: beyond it, the memory is what takes time."""
 
 
 def work_nbytes(max_ram: int, workers: int) -> int:
-    """What one worker reads at a time, in bytes: at most 32 MiB, which hides every start-up cost.
+    """What one worker works on at a time, in bytes.
 
     A block is alive until the next one is there, and the allocator keeps what threads give back: four times this is
     what a worker was seen to take.
     """
-    return max(1 << 16, min(32 << 20, max_ram // (4 * workers)))
+    return max(1 << 16, min(ROWS_NBYTES, max_ram // (4 * workers)))
+
+
+class _AnotherFailedError(Exception):
+    """Ends a worker whose work is of no use any more."""
 
 
 class Copier:
     """Writes output files into a folder. `max_ram` bounds the blocks of all workers together, in bytes."""
 
-    def __init__(self, folder: Path, *, workers: int, max_ram: int, progress: Progress | None, total: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        workers: int,
+        max_ram: int,
+        progress: Progress | None,
+        total: int,
+        witness: Witness | None = None,
+    ) -> None:
         self.folder, self.workers = folder, max(1, workers)
         self.work_nbytes = work_nbytes(max_ram, self.workers)
         self.block_nbytes = min(BLOCK_NBYTES, self.work_nbytes)
+        self.witness = witness or Witness({})
         self._progress, self._total, self._done = progress, total, 0
+        self._failed = False
         self._lock = threading.Lock()
         self._local = threading.local()
 
     def advance(self, nbytes: int) -> None:
         """Tell the progress bar that so many bytes are done."""
+        if self._failed:
+            raise _AnotherFailedError
         with self._lock:
             self._done += nbytes
             if self._progress:
@@ -73,166 +84,123 @@ class Copier:
 
         Raises StorageError naming the file when the disk is full or fails.
         """
-        path = self.folder / file.name
+        digests: dict[str, str] = {}
+        with Finisher(disk_message) as finisher:
+            self.write_together([file], finisher, lambda _, written: digests.update(written))
+        return digests
+
+    def write_together(
+        self, files: Sequence[OutputFile], finisher: Finisher, done: Callable[[OutputFile, dict[str, str]], None]
+    ) -> None:
+        """Write files whole; `done` is called with each and its pieces' digests, by the finisher, once it is durable.
+
+        Raises StorageError naming the file when the disk is full or fails.
+        """
+        drafts: list[Draft] = []
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            try:
-                if file.size:
-                    _reserve(descriptor, file.size)
-                written = self._write_pieces(descriptor, file)
-                crcs = {name: crc for name, (_, crc) in written.items()}
-                for offset, data in (*file.patches, *(file.closing(crcs) if file.closing else ())):
-                    _write_exactly(descriptor, offset, data)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise StorageError(disk_message(path, error)) from error
-        return {name: digest for name, (digest, _) in written.items()}
+            for file in files:
+                drafts.append(Draft(self.folder / file.name, file, finisher))
+            self.run([partial(self.carry_out, task, drafts) for task in tasks_of(files)])
+            for draft in drafts:
+                draft.close()
+        except BaseException:
+            for draft in drafts:
+                finisher.abandon(draft.descriptor)
+            raise
+        for draft in drafts:
+            finisher.finish(draft.descriptor, draft.path, partial(done, draft.file, draft.digests))
 
-    def _write_pieces(self, descriptor: int, file: OutputFile) -> dict[str, tuple[str, int]]:
-        """{piece name: (digest, CRC-32)}"""
-        if self.workers == 1 or len(file.pieces) < 2:
-            return {piece.name: self._write_piece(descriptor, piece) for piece in file.pieces}
-        with ThreadPoolExecutor(self.workers) as pool:
-            jobs = {piece.name: pool.submit(self._write_piece, descriptor, piece) for piece in file.pieces}
-            try:
-                for job in as_completed(jobs.values()):
-                    job.result()  # the first failure ends the file
-                return {name: job.result() for name, job in jobs.items()}
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+    def run(self, jobs: Sequence[Callable[[], None]]) -> None:
+        """Do these jobs with all workers. Raises what the first one raises that fails; the others end soon then."""
+        with _one_thread_each():
+            if self.workers == 1 or len(jobs) < 2:
+                for job in jobs:
+                    job()
+                return
+            with ThreadPoolExecutor(self.workers) as pool:
+                running = [pool.submit(job) for job in jobs]
+                try:
+                    for job in as_completed(running):
+                        job.result()
+                except BaseException:
+                    self._failed = True
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
 
-    def _write_piece(self, descriptor: int, piece: Piece) -> tuple[str, int]:
-        crc, digest, at = 0, xxhash.xxh3_64(), piece.offset
-        for block in self._blocks(piece.tensor):
-            crc = crc32(block, crc)
-            digest.update(block)
-            _write_exactly(descriptor, at, block)
-            at += len(block)
-            self.advance(len(block))
-        for offset, data in piece.frame(crc) if piece.frame else ():
-            _write_exactly(descriptor, offset, data)
-        return digest.hexdigest(), crc
-
-    def _blocks(self, tensor: LazyTensor) -> Iterator[memoryview]:
-        """The bytes of a tensor in order. A block is valid until the next one is asked for."""
-        extents = tensor.extents()
-        if extents is None:
-            yield from row_blocks(tensor, self.work_nbytes)
-            return
-        buffer = self._buffer()
-        for extent in extents:
-            for start in range(0, extent.nbytes, len(buffer)):
-                block = buffer[: min(len(buffer), extent.nbytes - start)]
-                if extent.path is None:
-                    block[:] = bytes(len(block))
+    def carry_out(self, task: Task, drafts: Sequence[Draft]) -> None:
+        """Write all pieces of a task: those that only move in the source's order, then those that are computed."""
+        moved: list[tuple[Stream, Sequence[Extent]]] = []
+        by_root: dict[int, list[Stream]] = {}
+        with watched(self.witness.see):
+            for outlet in task:
+                stream = Stream(outlet, drafts, self.advance)
+                extents = outlet.tensor.extents()
+                if extents is not None:
+                    stream.seen = self.witness.claim(extents)
+                    moved.append((stream, extents))
                 else:
-                    read_exactly(extent.path, extent.offset + start, block)
-                yield block
+                    by_root.setdefault(id(_root(outlet.tensor)), []).append(stream)
+            for stream, extent in in_source_order(moved):
+                for block in self._blocks(extent):
+                    stream.put(block)
+            for streams in by_root.values():
+                self._map_rows(streams)
+            for stream, _ in moved:
+                stream.end()
 
-    def _buffer(self) -> memoryview:
+    def _map_rows(self, streams: Sequence[Stream]) -> None:
+        """Write tensors that are functions of one tensor's rows, in one pass over it."""
+        root = _root(streams[0].tensor)
+        count = (root.shape[0] if root.shape else 1) if root.nbytes else 0
+        row_nbytes = root.work_row_nbytes + sum(_extra_nbytes(stream.tensor) for stream in streams)
+        step = max(1, self.work_nbytes // max(1, row_nbytes))
+        for start in range(0, count, step):
+            known = {id(root): root.read_rows(start, min(count, start + step))}
+            for stream in streams:
+                stream.put(bytes_of(_mapped(stream.tensor, known)))
+        for stream in streams:
+            stream.end()
+
+    def _blocks(self, extent: Extent) -> Iterator[memoryview]:
+        """The bytes of an extent in order. A block is valid until the next one is asked for."""
         if not hasattr(self._local, "buffer"):
             self._local.buffer = memoryview(bytearray(self.block_nbytes))
-        return self._local.buffer
+        buffer = self._local.buffer
+        for start in range(0, extent.nbytes, len(buffer)):
+            block = buffer[: min(len(buffer), extent.nbytes - start)]
+            if extent.path is None:
+                block[:] = bytes(len(block))
+            else:
+                read_exactly(extent.path, extent.offset + start, block)
+            yield block
 
 
-def row_blocks(tensor: LazyTensor, budget_nbytes: int) -> Iterator[memoryview]:
-    """The bytes of a tensor that has to be computed, a few rows at a time."""
-    if not tensor.nbytes:
-        return
-    count = tensor.shape[0] if tensor.shape else 1
-    step = max(1, budget_nbytes // max(1, tensor.work_row_nbytes))
-    for start in range(0, count, step):
-        rows = tensor.read_rows(start, min(count, start + step))
-        yield memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy())  # pyright: ignore
-
-
-def digest_of(tensor: LazyTensor, budget_nbytes: int = 1 << 20) -> str:
-    """The XXH3-64 digest of a tensor's bytes, read in blocks."""
-    digest = xxhash.xxh3_64()
-    for block in row_blocks(tensor, budget_nbytes):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, not only the files' bytes."""
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def _one_thread_each() -> Generator[None]:
+    """Workers are the parallelism: torch's own threads would make a cast of 4 MiB wait longer than it takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        os.fsync(descriptor)
+        yield
     finally:
-        os.close(descriptor)
+        torch.set_num_threads(before)
 
 
-_EXCHANGE = 2
-"""renameat2's RENAME_EXCHANGE: two names swap what they name, and at no moment is either missing."""
+def _root(tensor: LazyTensor) -> LazyTensor:
+    while isinstance(tensor, RowMap):
+        tensor = tensor.base
+    return tensor
 
 
-def take_name(partial: Path, target: Path) -> None:
-    """Give a finished folder its name; one that it replaces is removed after that. Raises OSError.
-
-    On Linux the two change places in one step; elsewhere the old one is set aside as `.replaced` first.
-    """
-    if not target.exists():
-        partial.rename(target)
-        sync_folder(target.parent)
-        return
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        here = -100  # AT_FDCWD
-        swapped = libc.renameat2(here, os.fsencode(partial), here, os.fsencode(target), _EXCHANGE) == 0
-    except (OSError, AttributeError):
-        swapped = False
-    old = partial
-    if not swapped:
-        old = target.with_name(target.name + ".replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        partial.rename(target)
-    sync_folder(target.parent)
-    shutil.rmtree(old)
+def _extra_nbytes(tensor: LazyTensor) -> int:
+    return tensor.extra_nbytes + _extra_nbytes(tensor.base) if isinstance(tensor, RowMap) else 0
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file whole, durably and under its name at once. Raises StorageError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(disk_message(path, error)) from error
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Take the space now: a full disk shows before the work, and the blocks lie together."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        os.ftruncate(descriptor, size)
-
-
-def _write_exactly(descriptor: int, offset: int, data: memoryview | bytes) -> None:
-    view: Any = memoryview(data)
-    while len(view):
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
-
-
-def disk_message(path: Path, error: OSError) -> str:
-    partial = next((p for p in (path, *path.parents) if p.name.endswith(PARTIAL_SUFFIX)), path.parent)
-    if error.errno == errno.ENOSPC:
-        return (
-            f"{path}: the disk is full. What was written lies in {partial}: free some space and run again with --resume"
-        )
-    return f"{path}: cannot be written: {error.strerror}. What was written lies in {partial}"
+def _mapped(tensor: LazyTensor, known: dict[int, Tensor]) -> Tensor:
+    """Rows of a tensor out of the same rows of its root; what several tensors have in common is computed once."""
+    if isinstance(tensor, RowMap) and id(tensor) not in known:
+        known[id(tensor)] = tensor.function(_mapped(tensor.base, known))
+    return known[id(tensor)]
 
 
 def sum_nbytes(files: Sequence[OutputFile]) -> int:

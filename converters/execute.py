@@ -1,4 +1,4 @@
-"""Carrying out a plan: whole or not at all, and resumable.
+"""Carrying out a plan: whole or not at all, resumable, and by one process or several.
 
 A folder under its own name is complete; `.partial` beside it is work in progress, and `.partial.journal` tells which
 of its files are finished. The journal is bound to the plan: it is refused when the source or an option has changed.
@@ -7,32 +7,28 @@ of its files are finished. The journal is bound to the plan: it is refused when 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
+from ckptbridge.converters.announced import refuse_announced
 from ckptbridge.converters.convert import ConversionPlan
-from ckptbridge.converters.copying import (
-    PARTIAL_SUFFIX,
-    Copier,
-    Progress,
-    digest_of,
-    disk_message,
-    sync_folder,
-    take_name,
-    write_file,
-)
+from ckptbridge.converters.copying import Copier, Progress, sum_nbytes
+from ckptbridge.converters.disk import PARTIAL_SUFFIX, disk_message, sync_folder, take_name, write_file
 from ckptbridge.converters.errors import BadInputError, StorageError
+from ckptbridge.converters.finishing import Finisher
 from ckptbridge.converters.hf_folder import INDEX, SINGLE
+from ckptbridge.converters.journal import FINISHED, Journal, Record, journal_file, journal_files, read_journal
+from ckptbridge.converters.mcore.legacy_replicas import check_replicas
 from ckptbridge.converters.mcore.torch_dist_reader import TRACKER
 from ckptbridge.converters.output import OutputFile
-from ckptbridge.converters.receipt import RECEIPT_NAME, Receipt
-from ckptbridge.converters.tensors import Checkpoint, Extent
+from ckptbridge.converters.ranks import Fellows, split_by_nbytes
+from ckptbridge.converters.receipt import RECEIPT_NAME, Receipt, read_receipt
+from ckptbridge.converters.tasks import MOST_FILES, bundles_of
+from ckptbridge.converters.witness import Witness
 
-_FINISHED = json.dumps({"plan": "finished"})
-"""The journal's first line once only names are left to change: the folder is not to be resumed then."""
+_COPIED, _READ, _DONE = 1, 2, 3
+"""How far a rank is: its files are written; its sources have digests; the folder has its name."""
 
 
 def partial_folder(target: Path) -> Path:
@@ -40,59 +36,98 @@ def partial_folder(target: Path) -> Path:
     return target.with_name(target.name + PARTIAL_SUFFIX)
 
 
-def journal_file(target: Path) -> Path:
-    """Beside the partial folder, so that the folder holds nothing but the output, and is known as ours to the end."""
-    return target.with_name(target.name + PARTIAL_SUFFIX + ".journal")
-
-
 def execute(plan: ConversionPlan, progress: Progress | None = None) -> Receipt:
     """Write what the plan says. Returns the receipt, which also lies in the target.
 
-    Raises BadInputError when the target exists or an input turns out broken, StorageError when the disk fails.
+    With `plan.options.rank` of several ranks, each calls it with the same plan and writes its share of the files.
+    Raises BadInputError when the target exists or an input turns out broken, StorageError when the disk or another
+    rank fails.
     """
     partial = partial_folder(plan.target)
     try:
-        return _execute(plan, partial, progress)
+        with Fellows(plan.options.rank, plan.target) as fellows:
+            return _execute(plan, partial, fellows, progress)
     except OSError as error:
         raise StorageError(disk_message(Path(error.filename or partial), error)) from error
 
 
-def _execute(plan: ConversionPlan, partial: Path, progress: Progress | None) -> Receipt:
-    options = plan.options
-    _prepare(plan, partial)
-    _check_space(plan, partial)
-    copier = Copier(partial, workers=options.workers, max_ram=options.max_ram, progress=progress, total=plan.nbytes)
-    digests = _write_files(plan, partial, copier)
+def _execute(plan: ConversionPlan, partial: Path, fellows: Fellows, progress: Progress | None) -> Receipt:
+    refuse_announced(plan.source.sources)
+    me, fingerprint = plan.options.rank, plan_fingerprint(plan)
+    journal = Journal(journal_file(plan.target, me.rank))
+    if me.rank == 0:
+        fellows.gather()
+        check_replicas(plan.source.saved, plan.source.family, plan.source.config)
+        record = _prepare(plan, partial, fingerprint, journal)
+        if plan.source.remote is not None:
+            plan.source.remote.progress.prepare(fingerprint, [f.name for f in plan.files if _is_whole(partial, f)])
+        _check_space(plan, partial)
+        shares = _shares(plan, record)
+        fellows.share({"plan": fingerprint, "files": shares, "known": sorted(record.sources)})
+        share, known = shares[0], record.sources.keys()
+    else:
+        told = fellows.shared()
+        if told["plan"] != fingerprint:
+            raise BadInputError(
+                f"rank {me.rank} was asked for another conversion than rank 0, or sees another source: start all "
+                "ranks with the same command"
+            )
+        share, known = told["files"][me.rank], set(told["known"])
+        journal.begin(fingerprint)
+    sources = {name: tensor for name, tensor in plan.source.sources.items() if name not in known}
+    witness = Witness(sources, refuse=plan.options.check_finite)
+    _write_files(plan, partial, set(share), journal, witness, progress)
+    fellows.reach(_COPIED, "waiting for it to write its files")
+    found = _told(plan).sources
+    missing = [name for name in plan.source.sources if name not in found]
+    owners = split_by_nbytes([plan.source.sources[name].nbytes for name in missing], me.world_size)
+    mine = [name for name, owner in zip(missing, owners, strict=True) if owner == me.rank]
+    journal.add_sources(witness.finish(mine, plan.options.workers), witness.bad())
+    fellows.reach(_READ, "waiting for it to read its share of the source")
+    if me.rank:
+        fellows.wait_for_first(_DONE, "waiting for it to finish the folder")
+        fellows.leave()
+        return read_receipt(plan.options.receipt or plan.target)
+    receipt = _finish(plan, partial, journal)
+    fellows.dismiss(_DONE)
+    return receipt
+
+
+def _finish(plan: ConversionPlan, partial: Path, journal: Journal) -> Receipt:
+    """Write what lies beside the tensors, and give the folder its name."""
+    receipt = _receipt(plan, _told(plan))
     for source, name in plan.copies:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(partial / name, source.read_bytes())
     for name, data in plan.small:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(partial / name, data)
-    receipt = _receipt(plan, digests, copier.workers)
-    write_file(options.receipt or partial / RECEIPT_NAME, receipt.to_json().encode())
+    write_file(plan.options.receipt or partial / RECEIPT_NAME, receipt.to_json().encode())
     for folder in (*{(partial / file.name).parent for file in plan.files}, partial):
         sync_folder(folder)
-    journal = journal_file(plan.target)
-    write_file(journal, f"{_FINISHED}\n".encode())
+    for other in journal_files(plan.target)[1:]:
+        other.unlink()
+    journal.begin(FINISHED)
     take_name(partial, plan.target)
-    journal.unlink()
+    if plan.source.remote is not None:
+        plan.source.remote.remove()
+    journal.path.unlink()
     return receipt
 
 
-def _prepare(plan: ConversionPlan, partial: Path) -> None:
-    """Make the partial folder with its journal, or find the one to resume."""
+def _prepare(plan: ConversionPlan, partial: Path, fingerprint: str, journal: Journal) -> Record:
+    """Make the partial folder with its journal, or find the one to resume; returns what is done already."""
     _check_target(plan)
-    first, journal = json.dumps({"plan": plan_fingerprint(plan)}), journal_file(plan.target)
+    journals = journal_files(plan.target) if partial.exists() else []
     if partial.exists() and any(partial.iterdir()):
-        if not journal.exists():
+        if not journal.path.exists():
             raise BadInputError(
                 f"{partial}: is no unfinished conversion, so it is left alone; remove it, or name another target"
             )
-        begun = journal.read_text(errors="replace").partition("\n")[0]
-        if plan.options.resume and begun == first:
-            return
-        if plan.options.resume and begun != _FINISHED:
+        begun, _ = read_journal(journal.path)
+        if plan.options.resume and begun == fingerprint:
+            return _resumed(plan, partial, fingerprint, journal)
+        if plan.options.resume and begun != FINISHED:
             raise BadInputError(
                 f"{partial}: was begun from another source or with other options; remove it, or run without --resume "
                 "and with --overwrite"
@@ -103,8 +138,43 @@ def _prepare(plan: ConversionPlan, partial: Path) -> None:
             )
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    write_file(journal, f"{first}\n".encode())
+    for other in journals[1:]:
+        other.unlink()
+    journal.begin(fingerprint)
     partial.mkdir()
+    return Record()
+
+
+def _resumed(plan: ConversionPlan, partial: Path, fingerprint: str, journal: Journal) -> Record:
+    """What all journals of the earlier run tell, as far as the files are still whole; kept in one journal."""
+    record = _told(plan, fingerprint)
+    names = {file.name: {piece.name for piece in file.pieces} for file in plan.files if _is_whole(partial, file)}
+    record.files = {name: digests for name, digests in record.files.items() if names.get(name) == digests.keys()}
+    if plan.options.check_finite and record.bad:
+        name, found = next(iter(record.bad.items()))
+        raise BadInputError(
+            f"{plan.source.path}: tensor {name!r} holds {found}; --check-finite asks that every weight is finite"
+        )
+    journal.begin(fingerprint, record)
+    for other in journal_files(plan.target)[1:]:
+        other.unlink()
+    return record
+
+
+def _is_whole(partial: Path, file: OutputFile) -> bool:
+    """Whether a file has its size; a journal tells whether it is filled."""
+    path = partial / file.name
+    return path.is_file() and path.stat().st_size == file.size
+
+
+def _told(plan: ConversionPlan, fingerprint: str | None = None) -> Record:
+    """What the journals of all ranks tell together; with a fingerprint, those of other plans are left out."""
+    record = Record()
+    for path in journal_files(plan.target):
+        begun, told = read_journal(path)
+        if fingerprint is None or begun == fingerprint:
+            record.add(told)
+    return record
 
 
 def _check_target(plan: ConversionPlan) -> None:
@@ -135,72 +205,82 @@ def _check_space(plan: ConversionPlan, partial: Path) -> None:
         )
 
 
-def _write_files(plan: ConversionPlan, partial: Path, copier: Copier) -> dict[str, str]:
-    """Write what is not finished yet; a line of the journal follows each file. Digests are in the plan's order."""
-    finished = _finished(plan, partial)
-    digests: dict[str, str] = {}
-    for file in plan.files:
-        if file.name in finished:
-            copier.advance(file.tensor_nbytes)
-            digests.update(finished[file.name])
-            continue
-        written = copier.write(file)
-        digests.update(written)
-        with journal_file(plan.target).open("a") as out:
-            out.write(json.dumps({"file": file.name, "digests": written}) + "\n")
-    return digests
+def _shares(plan: ConversionPlan, record: Record) -> list[list[str]]:
+    """The names of the files that each rank writes: what is not finished yet, files that share much together."""
+    ranks = plan.options.rank.world_size
+    bundles = bundles_of([file for file in plan.files if file.name not in record.files], _most_files(plan))
+    shares: list[list[str]] = [[] for _ in range(ranks)]
+    for bundle, owner in zip(bundles, split_by_nbytes(map(sum_nbytes, bundles), ranks), strict=True):
+        shares[owner] += [file.name for file in bundle]
+    return shares
 
 
-def _finished(plan: ConversionPlan, partial: Path) -> dict[str, dict[str, str]]:
-    """{file: digests} of the files that are whole. A line that was torn by a crash ends the journal, and is cut off."""
-    journal = journal_file(plan.target)
-    lines = journal.read_text(errors="replace").split("\n")
-    names = {file.name: {piece.name for piece in file.pieces} for file in plan.files}
-    sizes = {file.name: file.size for file in plan.files}
-    kept, found = [lines[0]], dict[str, dict[str, str]]()
-    for line in lines[1:]:
-        try:
-            entry = json.loads(line)
-            name, digests = entry["file"], entry["digests"]
-        except (ValueError, TypeError, KeyError):
-            break
-        kept.append(line)
-        path = partial / name
-        if names.get(name) == digests.keys() and path.is_file() and path.stat().st_size == sizes[name]:
-            found[name] = {piece: digests[piece] for piece in digests}
-    write_file(journal, ("\n".join(kept) + "\n").encode())
-    return found
+def _most_files(plan: ConversionPlan) -> int:
+    """Of one bundle: with as many ranks as files, each file is a rank's own."""
+    return max(1, min(MOST_FILES, len(plan.files) // plan.options.rank.world_size))
 
 
-def _receipt(plan: ConversionPlan, digests: Mapping[str, str], workers: int) -> Receipt:
+def _write_files(
+    plan: ConversionPlan,
+    partial: Path,
+    share: set[str],
+    journal: Journal,
+    witness: Witness,
+    progress: Progress | None,
+) -> None:
+    """Write this rank's files; a line of the journal follows each one that is durable."""
+    options = plan.options
+    files = [file for file in plan.files if file.name in share]
+    alone = options.rank.world_size == 1
+    total = plan.nbytes if alone else sum_nbytes(files)
+    copier = Copier(
+        partial,
+        workers=options.workers,
+        max_ram=options.max_ram,
+        progress=progress,
+        total=total,
+        witness=witness,
+    )
+    if total > sum_nbytes(files):
+        copier.advance(total - sum_nbytes(files))
+
+    def note(file: OutputFile, digests: dict[str, str]) -> None:
+        journal.add_file(file.name, digests, witness.digests(), witness.bad())
+
+    if (remote := plan.source.remote) is not None:
+        from ckptbridge.converters.hub_streaming import Streaming
+
+        Streaming(shards=remote, copier=copier, journal=journal, done=note).write(files)
+        return
+    with Finisher(disk_message) as finisher:
+        for bundle in bundles_of(files, _most_files(plan)):
+            copier.write_together(bundle, finisher, note)
+            finisher.check()
+
+
+def _receipt(plan: ConversionPlan, told: Record) -> Receipt:
+    if absent := [file.name for file in plan.files if file.name not in told.files]:
+        raise StorageError(f"{plan.target}: {', '.join(absent[:4])} of the output were not written")
     return Receipt(
         source=str(plan.source.path),
         source_format=plan.source.format,
         target_format=plan.to,
         family=plan.source.family.name,
-        notes=plan.notes,
-        source_tensors=_source_digests(plan.source.sources, plan.files, digests, workers),
-        target_tensors=dict(digests),
+        notes=(*plan.notes, *_finite_notes(told)),
+        source_tensors={name: told.sources[name] for name in plan.source.sources},
+        target_tensors={piece.name: told.files[file.name][piece.name] for file in plan.files for piece in file.pieces},
         source_nbytes=sum(tensor.nbytes for tensor in plan.source.sources.values()),
         target_nbytes=plan.nbytes,
         files={file.name: file.size for file in plan.files},
+        not_finite={name: {"nan": found.nan, "infinite": found.infinite} for name, found in told.bad.items()},
     )
 
 
-def _source_digests(
-    sources: Checkpoint, files: Iterable[OutputFile], digests: Mapping[str, str], workers: int
-) -> dict[str, str]:
-    """A digest of every source tensor. One that was moved whole has its digest already; only others are read again."""
-    moved: dict[tuple[Extent, ...], str] = {}
-    for file in files:
-        for piece in file.pieces:
-            if (extents := piece.tensor.extents()) is not None and len(extents) == 1:
-                moved[tuple(extents)] = digests[piece.name]
-    known = {name: moved.get(tuple(tensor.extents() or ())) for name, tensor in sources.items()}
-    rest = [name for name, digest in known.items() if digest is None]
-    with ThreadPoolExecutor(workers) as pool:
-        known.update(zip(rest, pool.map(digest_of, [sources[name] for name in rest]), strict=True))
-    return {name: digest or "" for name, digest in known.items()}
+def _finite_notes(told: Record) -> Sequence[str]:
+    if not told.bad:
+        return ()
+    first = "; ".join(f"{name}: {found}" for name, found in list(told.bad.items())[:3])
+    return (f"{len(told.bad)} tensors of the source hold numbers that are not finite, and so does the result: {first}",)
 
 
 def plan_fingerprint(plan: ConversionPlan) -> str:
@@ -214,9 +294,9 @@ def plan_fingerprint(plan: ConversionPlan) -> str:
         text.update(name.encode() + data)
     for path, name in plan.copies:
         text.update(name.encode() + path.read_bytes())
-    ours = (plan.target, partial_folder(plan.target), journal_file(plan.target))
+    ours = str(partial_folder(plan.target))  # and what lies beside it: journals, the ranks' own files
     for path in sorted(p for p in plan.source.path.rglob("*") if p.is_file()):
-        if not any(mine in (path, *path.parents) for mine in ours):
+        if plan.target not in (path, *path.parents) and not str(path).startswith(ours):
             stat = path.stat()
             text.update(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}".encode())
     return text.hexdigest()

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptbridge.converters.copying import digest_of
+from ckptbridge.converters.blocks import digest_of
 from ckptbridge.converters.errors import BadInputError
+from ckptbridge.converters.mcore.optimizer_state import every_tensor
 from ckptbridge.converters.model import Model
 from ckptbridge.converters.receipt import Receipt
 
@@ -44,20 +45,23 @@ def recheck(
     """
     sides = {"target": receipt.target_tensors, "source": receipt.source_tensors}
     side = max(sides, key=lambda name: len(sides[name].keys() & model.sources.keys()))
+    if Path(receipt.source).resolve() == model.path.resolve():  # where both have the same names, as after a reshard
+        side = "source"
     expected = sides[side]
-    known = [name for name in model.sources if name in expected]
+    held = model.sources if expected.keys() <= model.sources.keys() else every_tensor(model)
+    known = [name for name in held if name in expected]
     if not known:
         raise BadInputError(
             f"{model.path}: holds no tensor that the receipt of {receipt.source} names: it is another's"
         )
-    total = sum(model.sources[name].nbytes for name in known)
+    total = sum(held[name].nbytes for name in known)
     done = 0
     changed: list[str] = []
     with ThreadPoolExecutor(workers) as pool:
-        for name, digest in zip(known, pool.map(digest_of, [model.sources[name] for name in known]), strict=True):
+        for name, digest in zip(known, pool.map(digest_of, [held[name] for name in known]), strict=True):
             if digest != expected[name]:
                 changed.append(name)
-            done += model.sources[name].nbytes
+            done += held[name].nbytes
             if progress:
                 progress(done, total)
     return Recheck(
@@ -65,6 +69,6 @@ def recheck(
         side=side,
         checked=len(known),
         changed=tuple(changed),
-        missing=tuple(name for name in expected if name not in model.sources),
+        missing=tuple(name for name in expected if name not in held),
         unknown=tuple(name for name in model.sources if name not in expected),
     )

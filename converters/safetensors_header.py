@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ckptbridge.converters.errors import BadInputError, NotSupportedError, StorageError
+from ckptbridge.converters.errors import BadInputError, NotSupportedError, StorageError, told
 from ckptbridge.converters.tensors import LazyTensor, Stored
 
 DTYPES = {
@@ -32,6 +32,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MOST_AXES, _LARGEST = 64, 1 << 62
 _MAX_HEADER = 100_000_000
 """The same bound as the safetensors library's, so that a hostile length cannot take the memory."""
 
@@ -43,29 +44,40 @@ def read_header(path: Path) -> dict[str, Stored]:
     names a tensor twice, or when offsets leave gaps, overlap, or reach past the end of the file.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise BadInputError(f"{path}: is no plain file")
         size = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(8)
-            length = int.from_bytes(head, "little")
-            if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
-                raise BadInputError(
-                    f"{path}: the header says it is {length} bytes long, but the file has {size}: "
-                    "it is truncated or no safetensors file"
-                )
-            raw = file.read(length)
+            raw = file.read(header_nbytes(path, file.read(8), size))
     except FileNotFoundError as error:
         raise BadInputError(f"{path}: the file is missing") from error
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_header(path, raw, size)
+
+
+def header_nbytes(path: Path, head: bytes, size: int) -> int:
+    """The length of the JSON behind `head`, the first 8 bytes of a file of `size` bytes. Raises BadInputError."""
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
+        raise BadInputError(
+            f"{path}: the header says it is {length} bytes long, but the file has {size}: "
+            "it is truncated or no safetensors file"
+        )
+    return length
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> dict[str, Stored]:
+    """The tensors of a file of `size` bytes by the JSON of its header; see `read_header`. `path` need not be there."""
     try:
-        header: Any = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header: Any = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"{path}: the header cannot be read: {error}") from error
     if not isinstance(header, dict):
         raise BadInputError(f"{path}: the header is no JSON object")
     entries: dict[str, Any] = header  # pyright: ignore[reportUnknownVariableType]
     entries.pop("__metadata__", None)
-    return _checked(path, entries, 8 + length, size)
+    return _checked(path, entries, 8 + len(raw), size)
 
 
 def _checked(path: Path, entries: dict[str, Any], data_start: int, size: int) -> dict[str, Stored]:
@@ -77,10 +89,12 @@ def _checked(path: Path, entries: dict[str, Any], data_start: int, size: int) ->
             kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise BadInputError(f"{where}: its entry lacks dtype, shape or data_offsets") from error
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-            raise BadInputError(f"{where}: shape {list(shape)} and offsets {[begin, end]} must be whole numbers from 0")
+        if len(shape) > _MOST_AXES or not all(type(n) is int and 0 <= n < _LARGEST for n in (*shape, begin, end)):
+            raise BadInputError(
+                f"{where}: shape {told(list(shape))} and offsets {told([begin, end])} must be whole numbers from 0"
+            )
         if not isinstance(kind, str) or kind not in DTYPES:
-            raise NotSupportedError(f"{where}: dtype {kind!r} is not known; known are {', '.join(DTYPES)}")
+            raise NotSupportedError(f"{where}: dtype {told(kind)} is not known; known are {', '.join(DTYPES)}")
         dtype = DTYPES[kind]
         if end - begin != prod(shape) * dtype.itemsize:
             raise BadInputError(

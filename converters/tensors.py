@@ -8,8 +8,11 @@ tensor is still a list of byte ranges of the source files; casting and scaling g
 from __future__ import annotations
 
 import os
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -45,9 +48,22 @@ class LazyTensor(ABC):
         """Where the bytes lie, in order, when the tensor is nothing but a sequence of stored bytes."""
         return None
 
+    def bases(self) -> Sequence[LazyTensor]:
+        """The tensors that this one is made of; none for one that reads a file itself, or that says nothing."""
+        return ()
+
     def read(self) -> Tensor:
         """The whole tensor."""
         return self.read_rows(0, self.shape[0]) if self.shape else self.read_rows(0, 1).reshape(())
+
+    def cast(self, dtype: torch.dtype) -> LazyTensor:
+        """The tensor in another dtype; see the function `cast`."""
+        return RowMap(self, self.shape, dtype, lambda rows: rows.to(dtype), prod(self.shape[1:]) * dtype.itemsize)
+
+    def columns(self, start: int, stop: int) -> LazyTensor:
+        """Some columns of a tensor; see the function `columns`."""
+        shape = (self.shape[0], stop - start, *self.shape[2:])
+        return RowMap(self, shape, self.dtype, lambda rows: rows[:, start:stop], prod(shape[1:]) * self.dtype.itemsize)
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +114,7 @@ class InMemory(LazyTensor):
 
 
 class Computed(LazyTensor):
-    """A tensor made by a function of a row range: a drawn router, a cast, a scaled matrix."""
+    """A tensor made by a function of a row range: a drawn router, a stack of experts."""
 
     def __init__(
         self,
@@ -115,6 +131,58 @@ class Computed(LazyTensor):
     @property
     def work_row_nbytes(self) -> int:
         return self._work or self.row_nbytes
+
+
+class RowMap(LazyTensor):
+    """Each row is a function of one other tensor's same row: its columns, the row cast or scaled.
+
+    Several of one base are made in one pass over it. `extra_nbytes` is the memory a row takes beside the base's.
+    """
+
+    def __init__(
+        self,
+        base: LazyTensor,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        function: Callable[[Tensor], Tensor],
+        extra_nbytes: int,
+    ) -> None:
+        self.base, self.shape, self.dtype, self.function = base, shape, dtype, function
+        self.extra_nbytes = extra_nbytes
+
+    def bases(self) -> Sequence[LazyTensor]:
+        return (self.base,)
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.function(self.base.read_rows(start, stop)).contiguous()
+
+    @property
+    def work_row_nbytes(self) -> int:
+        return self.base.work_row_nbytes + self.extra_nbytes
+
+
+class Beside(LazyTensor):
+    """Tensors side by side along dim 1. Made by `join_columns`."""
+
+    def __init__(self, parts: Sequence[LazyTensor]) -> None:
+        first = parts[0]
+        self.parts, self.dtype = parts, first.dtype
+        self.shape = (first.shape[0], sum(part.shape[1] for part in parts), *first.shape[2:])
+
+    def bases(self) -> Sequence[LazyTensor]:
+        return self.parts
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        whole = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        at = 0
+        for part in self.parts:
+            whole[:, at : at + part.shape[1]] = part.read_rows(start, stop)
+            at += part.shape[1]
+        return whole
+
+    @property
+    def work_row_nbytes(self) -> int:
+        return self.row_nbytes + max(part.work_row_nbytes for part in self.parts)
 
 
 class Zeros(LazyTensor):
@@ -148,16 +216,27 @@ class Rows(LazyTensor):
 
     def cut(self, start: int, stop: int) -> Iterator[tuple[LazyTensor, int, int]]:
         """The pieces that rows [start, stop) of this tensor are made of."""
-        for at, (base, first, last) in zip(self._starts, self.pieces, strict=False):
+        for i in range(max(bisect_right(self._starts, start) - 1, 0), len(self.pieces)):
+            at, (base, first, last) = self._starts[i], self.pieces[i]
+            if at >= stop:
+                return
             low, high = max(start - at, 0), min(stop - at, last - first)
             if low < high:
                 yield base, first + low, first + high
+
+    def bases(self) -> Sequence[LazyTensor]:
+        return tuple({id(base): base for base, _, _ in self.pieces}.values())
 
     def read_rows(self, start: int, stop: int) -> Tensor:
         parts = [base.read_rows(low, high) for base, low, high in self.cut(start, stop)]
         if not parts:
             return torch.empty(0, *self.shape[1:], dtype=self.dtype)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def cast(self, dtype: torch.dtype) -> LazyTensor:
+        made = {id(base): cast(base, dtype) for base, _, _ in self.pieces}
+        pieces = [(made[id(base)], start, stop) for base, start, stop in self.pieces]
+        return Rows(pieces, self.shape[1:], dtype)
 
     @property
     def work_row_nbytes(self) -> int:
@@ -189,7 +268,9 @@ def rows(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
     """Rows [start, stop) of a tensor, nothing read."""
     if (start, stop) == (0, tensor.shape[0]):
         return tensor
-    return join_rows([tensor], [(start, stop)])
+    if isinstance(tensor, Rows) or not 0 <= start <= stop <= tensor.shape[0]:
+        return join_rows([tensor], [(start, stop)])
+    return Rows([(tensor, start, stop)], tensor.shape[1:], tensor.dtype)
 
 
 def join_rows(tensors: Sequence[LazyTensor], ranges: Sequence[tuple[int, int]] | None = None) -> LazyTensor:
@@ -216,25 +297,12 @@ def columns(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
     """Columns [start, stop) of dim 1: bytes no longer lie together, so rows are read and cut."""
     if (start, stop) == (0, tensor.shape[1]):
         return tensor
-    shape = (tensor.shape[0], stop - start, *tensor.shape[2:])
-    return Computed(
-        shape,
-        tensor.dtype,
-        lambda low, high: tensor.read_rows(low, high)[:, start:stop],
-        work_row_nbytes=2 * tensor.work_row_nbytes,
-    )
+    return tensor.columns(start, stop)
 
 
 def join_columns(tensors: Sequence[LazyTensor]) -> LazyTensor:
     """Tensors side by side along dim 1."""
-    if len(tensors) == 1:
-        return tensors[0]
-    return Computed(
-        (tensors[0].shape[0], sum(t.shape[1] for t in tensors), *tensors[0].shape[2:]),
-        tensors[0].dtype,
-        lambda low, high: torch.cat([t.read_rows(low, high) for t in tensors], 1),
-        work_row_nbytes=2 * sum(t.work_row_nbytes for t in tensors),
-    )
+    return tensors[0] if len(tensors) == 1 else Beside(tensors)
 
 
 def reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
@@ -245,6 +313,8 @@ def reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
         return Stored(tensor.path, tensor.offset, shape, tensor.dtype)
     if isinstance(tensor, Zeros):
         return Zeros(shape, tensor.dtype)
+    if isinstance(tensor, Reshaped):
+        return reshaped(tensor.tensor, shape)
     return Reshaped(tensor, shape)
 
 
@@ -254,52 +324,63 @@ class Reshaped(LazyTensor):
     def __init__(self, tensor: LazyTensor, shape: tuple[int, ...]) -> None:
         self.tensor, self.shape, self.dtype = tensor, shape, tensor.dtype
 
+    def bases(self) -> Sequence[LazyTensor]:
+        return (self.tensor,)
+
     def read_rows(self, start: int, stop: int) -> Tensor:
         return self.tensor.read().reshape(self.shape)[start:stop]
 
 
 def cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    """The tensor in another dtype, rounded to nearest."""
-    if dtype == tensor.dtype:
-        return tensor
-    return Computed(
-        tensor.shape,
-        dtype,
-        lambda low, high: tensor.read_rows(low, high).to(dtype),
-        work_row_nbytes=tensor.work_row_nbytes + prod(tensor.shape[1:]) * dtype.itemsize,
-    )
+    """The tensor in another dtype, rounded to nearest; one that is computed is rounded once, not twice."""
+    return tensor if dtype == tensor.dtype else tensor.cast(dtype)
 
 
 def scaled(tensor: LazyTensor, factor: float) -> LazyTensor:
     """The tensor times a number, computed in fp32 and rounded once. A power of two loses nothing."""
     if factor == 1.0:
         return tensor
-    wide_nbytes = prod(tensor.shape[1:]) * 4
-    return Computed(
-        tensor.shape,
-        tensor.dtype,
-        lambda low, high: (tensor.read_rows(low, high).float() * factor).to(tensor.dtype),
-        work_row_nbytes=tensor.work_row_nbytes + 2 * wide_nbytes + tensor.row_nbytes,
-    )
+    dtype, extra = tensor.dtype, 2 * prod(tensor.shape[1:]) * 4 + tensor.row_nbytes
+    return RowMap(tensor, tensor.shape, dtype, lambda rows: (rows.float() * factor).to(dtype), extra)
+
+
+See = Callable[[Path, int, memoryview], None]
+"""Called with (file, offset, the bytes that were read there)."""
+_watch = threading.local()
+
+
+@contextmanager
+def watched(see: See | None) -> Generator[None]:
+    """Within it, `see` is told of everything that this thread reads: a digest of the source needs no second pass."""
+    before = getattr(_watch, "see", None)
+    _watch.see = see
+    try:
+        yield
+    finally:
+        _watch.see = before
 
 
 def read_exactly(path: Path, offset: int, buffer: memoryview) -> None:
     """Fill `buffer` from a file. Raises BadInputError if the file ends first, StorageError if it cannot be read."""
     view = buffer.cast("B")
     try:
-        with path.open("rb", buffering=0) as file:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
             done = 0
             while done < len(view):
-                count = os.preadv(file.fileno(), [view[done:]], offset + done)
+                count = os.preadv(descriptor, [view[done:]], offset + done)
                 if count == 0:
                     raise BadInputError(
                         f"{path}: the file ends at byte {offset + done}, but bytes {offset} to "
-                        f"{offset + len(view)} are "
-                        "needed: it is truncated; copy or download it again"
+                        f"{offset + len(view)} are needed: it is truncated; copy or download it again"
                     )
                 done += count
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+    if see := getattr(_watch, "see", None):
+        see(path, offset, view)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ckptbridge.converters.copying import digest_of, row_blocks
+from ckptbridge.converters.blocks import digest_of, row_blocks
 from ckptbridge.converters.errors import BadInputError, StorageError
 from ckptbridge.converters.tensors import (
     Computed,
