@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from ckptbridge.converters.copying import PARTIAL_SUFFIX
-from ckptbridge.converters.errors import BadInputError, NotSupportedError
+from ckptbridge.converters.disk import PARTIAL_SUFFIX
+from ckptbridge.converters.errors import BadInputError
+from ckptbridge.converters.mcore.fsdp_dtensor_reader import open_fsdp_dtensor
+from ckptbridge.converters.mcore.legacy_reader import open_legacy
 from ckptbridge.converters.mcore.megatron_folder import MegatronFolder
 from ckptbridge.converters.mcore.torch_dist_reader import TRACKER, iteration_folder, open_torch_dist
 
@@ -43,7 +45,9 @@ def _megatron_format(folder: Path) -> MegatronFormat:
     """As Megatron-LM tells them apart: metadata.json is torch_dist's alone, mp_rank folders are legacy."""
     if (folder / "metadata.json").exists():
         return "torch_dist"
-    return "torch" if _has_ranks(folder) else "torch_dist"
+    if _has_ranks(folder):
+        return "torch"
+    return "fsdp_dtensor" if (folder / ".metadata").exists() else "torch_dist"
 
 
 def open_megatron(path: Path, found: MegatronFormat) -> MegatronFolder:
@@ -51,4 +55,6 @@ def open_megatron(path: Path, found: MegatronFormat) -> MegatronFolder:
     folder = iteration_folder(path)
     if found == "torch_dist":
         return open_torch_dist(folder)
-    raise NotSupportedError(f"{folder}: the legacy format (mp_rank_*) is not supported yet; torch_dist is")
+    if found == "torch":
+        return open_legacy(folder)
+    return open_fsdp_dtensor(folder)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import stat
 import struct
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from zlib import crc32
 
 import torch
 
-from ckptbridge.converters.errors import BadInputError, StorageError
+from ckptbridge.converters.errors import BadInputError, NotSupportedError, StorageError, told
 from ckptbridge.converters.output import Patch
 from ckptbridge.converters.pickles import StorageRef, TensorRef, read_pickle
 from ckptbridge.converters.tensors import Stored, read_exactly
@@ -31,8 +33,10 @@ _LOCAL, _CENTRAL, _END, _END64, _LOCATOR64 = 0x04034B50, 0x02014B50, 0x06054B50,
 _ALIGNMENT = 64
 _LIMIT = 0xFFFFFFFF
 _UTF8 = 0x0800
+_BEFORE_ZIP = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
+"""How torch.save's files began before they were zip archives: a pickled magic number."""
 
-_STORAGE_CLASSES = {
+STORAGE_CLASSES = {
     torch.float32: torch.FloatStorage,
     torch.float64: torch.DoubleStorage,
     torch.float16: torch.HalfStorage,
@@ -44,10 +48,13 @@ _STORAGE_CLASSES = {
     torch.uint8: torch.ByteStorage,
     torch.bool: torch.BoolStorage,
 }
+"""What a pickle calls the storage of a dtype."""
 
+SAVED_DTYPES = frozenset(STORAGE_CLASSES)
+"""Dtypes that archives are laid out for."""
 
-SAVED_DTYPES = frozenset(_STORAGE_CLASSES)
-"""Dtypes that `tensor_archive` lays out."""
+_MOST_PICKLE_NBYTES = 1 << 28
+"""A rank of a run with 10,000 tensors pickles their places in 2 MB; what is far larger is no checkpoint's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,7 @@ class TensorArchive:
         return [(at, before), (at + self.data_offset + self.data_nbytes, after)]
 
 
+@lru_cache(maxsize=1024)
 def tensor_archive(shape: tuple[int, ...], dtype: torch.dtype) -> TensorArchive:
     """The archive of a contiguous tensor of this shape; `size` bytes in all."""
     body = _tensor_pickle(shape, dtype)
@@ -94,7 +102,7 @@ class _SavedStorage:
 class _TensorPickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> Any:
         if isinstance(obj, _SavedStorage):
-            return ("storage", _STORAGE_CLASSES[obj.dtype], "0", "cpu", obj.numel)
+            return ("storage", STORAGE_CLASSES[obj.dtype], "0", "cpu", obj.numel)
         return None
 
 
@@ -109,20 +117,20 @@ def _tensor_pickle(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
 def _frame(body: bytes, nbytes: int, crc: int) -> tuple[bytes, bytes]:
     before, central = bytearray(), bytearray()
     for name, data in (("archive/data.pkl", body), ("archive/byteorder", b"little")):
-        central += _central(name, len(before), len(data), crc32(data))
-        before += _local(name, len(data), crc32(data)) + data
+        central += directory_entry(name, len(before), len(data), crc32(data))
+        before += local_header(name, len(data), crc32(data)) + data
     name = "archive/data/0"
-    central += _central(name, len(before), nbytes, crc)
-    before += _local(name, nbytes, crc, at=len(before))
+    central += directory_entry(name, len(before), nbytes, crc)
+    before += local_header(name, nbytes, crc, at=len(before))
     after = bytearray()
     end = len(before) + nbytes
     for name, data in (("archive/version", b"3\n"),):
-        central += _central(name, end + len(after), len(data), crc32(data))
-        after += _local(name, len(data), crc32(data)) + data
-    return bytes(before), bytes(after + central + _tail(end + len(after), len(central), count=4))
+        central += directory_entry(name, end + len(after), len(data), crc32(data))
+        after += local_header(name, len(data), crc32(data)) + data
+    return bytes(before), bytes(after + central + directory_end(end + len(after), len(central), count=4))
 
 
-def _local(name: str, nbytes: int, crc: int, at: int | None = None) -> bytes:
+def local_header(name: str, nbytes: int, crc: int, at: int | None = None) -> bytes:
     """A local file header; with `at`, padded so that the data behind it begins at a multiple of 64."""
     extra = struct.pack("<HHQQ", 1, 16, nbytes, nbytes) if nbytes >= _LIMIT else b""
     if at is not None:
@@ -134,7 +142,8 @@ def _local(name: str, nbytes: int, crc: int, at: int | None = None) -> bytes:
     return head + name.encode() + extra
 
 
-def _central(name: str, at: int, nbytes: int, crc: int) -> bytes:
+def directory_entry(name: str, at: int, nbytes: int, crc: int) -> bytes:
+    """A file's entry in the directory at the archive's end; its local header stands at `at`."""
     wide = ([nbytes, nbytes] if nbytes >= _LIMIT else []) + ([at] if at >= _LIMIT else [])
     extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
     size, version = min(nbytes, _LIMIT), 45 if wide else 0
@@ -161,12 +170,14 @@ def _central(name: str, at: int, nbytes: int, crc: int) -> bytes:
     return head + name.encode() + extra
 
 
-def _tail(at: int, nbytes: int, count: int) -> bytes:
+def directory_end(at: int, nbytes: int, count: int) -> bytes:
+    """What follows a directory of `count` entries that takes `nbytes` from byte `at` of the archive."""
     wide = b""
-    if at >= _LIMIT:
+    if at >= _LIMIT or count >= 0xFFFF:
         wide = struct.pack("<IQHHIIQQQQ", _END64, 44, 45, 45, 0, 0, count, count, nbytes, at)
         wide += struct.pack("<IIQI", _LOCATOR64, 0, at + nbytes, 1)
-    return wide + struct.pack("<IHHHHIIH", _END, 0, 0, count, count, nbytes, min(at, _LIMIT), 0)
+    short = min(count, 0xFFFF)
+    return wide + struct.pack("<IHHHHIIH", _END, 0, 0, short, short, min(nbytes, _LIMIT), min(at, _LIMIT), 0)
 
 
 def read_archive(path: Path, offset: int = 0, length: int | None = None) -> tuple[Any, dict[str, tuple[int, int]]]:
@@ -185,6 +196,11 @@ def read_archive(path: Path, offset: int = 0, length: int | None = None) -> tupl
     body = next((e for n, e in entries.items() if n.endswith("/data.pkl")), None)
     if body is None:
         raise BadInputError(f"{where}: no torch.save archive: data.pkl is missing")
+    if body[1] > _MOST_PICKLE_NBYTES:
+        raise BadInputError(f"{where}: its data.pkl takes {body[1]} bytes, which no checkpoint's does")
+    order = next((e for n, e in entries.items() if n.endswith("/byteorder")), None)
+    if order is not None and _read(path, order[0], min(order[1], 8)) != b"little":
+        raise NotSupportedError(f"{where}: its numbers are not little-endian; load and save it on this machine")
     storages = {n.split("/data/", 1)[1]: e for n, e in entries.items() if "/data/" in n}
     return read_pickle(_read(path, *body), where), storages
 
@@ -198,8 +214,13 @@ def stored_tensor(ref: TensorRef, path: Path, storages: dict[str, tuple[int, int
             f"{where}: a tensor of shape {ref.shape} and strides {ref.stride} at {ref.storage_offset!r}"
         )
     if storage.key not in storages:
-        raise BadInputError(f"{where}: storage {storage.key!r} is missing from the archive")
+        raise BadInputError(f"{where}: storage {told(storage.key)} is missing from the archive")
     begin, nbytes = storages[storage.key]
+    if nbytes != storage.numel * storage.dtype.itemsize:
+        raise BadInputError(
+            f"{where}: its storage is said to hold {told(storage.numel)} elements of {storage.dtype}, but has {nbytes} "
+            "bytes in the archive"
+        )
     start = ref.storage_offset * storage.dtype.itemsize
     need = prod(ref.shape) * storage.dtype.itemsize
     stride = tuple(prod(ref.shape[i + 1 :]) for i in range(len(ref.shape)))
@@ -210,10 +231,44 @@ def stored_tensor(ref: TensorRef, path: Path, storages: dict[str, tuple[int, int
     return Stored(path, begin + start, ref.shape, storage.dtype)
 
 
+_MOST_READ_NBYTES, _MOST_READ_IN_ALL_NBYTES = 1 << 20, 1 << 26
+"""A step or a loss scale is one number; a tensor that is larger than this is no such value."""
+
+
+def read_small_tensors(value: Any, path: Path, storages: dict[str, tuple[int, int]]) -> None:
+    """Put tensors in the place of the small TensorRefs in a tree of dicts, lists and namespaces, wherever they stand.
+
+    Raises BadInputError naming the file for one that is no contiguous part of its storage.
+    """
+    waiting: list[Any] = [value]
+    seen: set[int] = set()
+    left = _MOST_READ_IN_ALL_NBYTES
+    while waiting:
+        holder = waiting.pop()
+        if id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        held: Any = vars(holder) if isinstance(holder, Namespace) else holder
+        if not isinstance(held, dict | list):
+            continue
+        entries: list[tuple[Any, Any]] = list(held.items() if isinstance(held, dict) else enumerate(held))  # pyright: ignore
+        for place, found in entries:
+            if not isinstance(found, TensorRef):
+                waiting.append(found)
+            elif (nbytes := prod(found.shape) * found.storage.dtype.itemsize) <= min(_MOST_READ_NBYTES, left):
+                left -= nbytes
+                held[place] = stored_tensor(found, path, storages, str(path)).read()
+
+
 def _directory(path: Path, offset: int, length: int, where: str) -> dict[str, tuple[int, int]]:
     tail_at = max(0, length - 4096)
     tail = _read(path, offset + tail_at, length - tail_at)
     end = tail.rfind(struct.pack("<I", _END))
+    if end < 0 and _read(path, offset, min(length, len(_BEFORE_ZIP))) == _BEFORE_ZIP:
+        raise NotSupportedError(
+            f"{where}: was written by torch.save before torch 1.6, or with _use_new_zipfile_serialization=False; "
+            "load it with torch.load and save it again"
+        )
     if end < 0 or len(tail) - end < 22:
         raise BadInputError(f"{where}: no zip archive ends here: it is truncated or overwritten")
     count, nbytes, at = struct.unpack_from("<HII", tail, end + 10)
@@ -223,6 +278,8 @@ def _directory(path: Path, offset: int, length: int, where: str) -> dict[str, tu
             raise BadInputError(f"{where}: the archive's 64-bit directory is missing")
         end64 = _read(path, offset + _within(struct.unpack_from("<Q", tail, locator + 8)[0], 56, length, where), 56)
         count, nbytes, at = struct.unpack_from("<QQQ", end64, 32)
+    if nbytes > _MOST_PICKLE_NBYTES:
+        raise BadInputError(f"{where}: the archive's directory takes {nbytes} bytes, which no checkpoint's does")
     central = _read(path, offset + _within(at, nbytes, length, where), nbytes)
     entries: dict[str, tuple[int, int]] = {}
     cursor = 0
@@ -273,7 +330,10 @@ def _read(path: Path, offset: int, nbytes: int) -> bytes:
 
 def _file_size(path: Path) -> int:
     try:
-        return os.stat(path).st_size  # noqa: PTH116 - called once a chunk, 45,000 times for a 671B model
+        found = os.stat(path)  # noqa: PTH116 - called once a chunk, 45,000 times for a 671B model
+        if not stat.S_ISREG(found.st_mode):
+            raise BadInputError(f"{path}: is no plain file")
+        return found.st_size
     except FileNotFoundError as error:
         raise BadInputError(f"{path}: the file is missing") from error
     except OSError as error:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from ckptbridge.converters.errors import BadInputError, NotSupportedError
+from ckptbridge.converters.errors import BadInputError, NotSupportedError, told
 from ckptbridge.converters.model_config import Llama3RopeScaling, ModelConfig
 from ckptbridge.converters.parallel_layout import ParallelLayout
 
@@ -97,6 +97,8 @@ def make_args(
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "num_layers_per_virtual_pipeline_stage": None,
+        "decoder_first_pipeline_num_layers": layout.first_stage_layers,
+        "decoder_last_pipeline_num_layers": layout.last_stage_layers,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.expert_tp,
         "context_parallel_size": 1,
@@ -149,7 +151,7 @@ def config_from_args(args: Namespace, where: str) -> ModelConfig:
     """
     for name, known in _MUST.items():
         if hasattr(args, name) and getattr(args, name) not in known:
-            raise NotSupportedError(f"{where}: args.{name} is {getattr(args, name)!r}; supported: {known[0]!r}")
+            raise NotSupportedError(f"{where}: args.{name} is {told(getattr(args, name))}; supported: {known[0]!r}")
     given = _Arguments(args, where)
     experts = given.whole("num_experts", None)
     window = given.window()
@@ -223,7 +225,10 @@ class _Arguments:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._wrong(name, "a number")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise self._wrong(name, "a number") from None
 
     def flag(self, name: str) -> bool:
         """True or False; False where it is missing or None."""
@@ -249,7 +254,7 @@ class _Arguments:
         return value[0] + 1
 
     def _wrong(self, name: str, expected: str) -> BadInputError:
-        return BadInputError(f"{self._where}: args.{name} is {getattr(self._args, name)!r}: expected {expected}")
+        return BadInputError(f"{self._where}: args.{name} is {told(getattr(self._args, name))}: expected {expected}")
 
 
 STRUCTURE = (

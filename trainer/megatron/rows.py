@@ -14,8 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ckptbridge.converters.convert import plan_conversion
 from ckptbridge.converters.errors import BadInputError
-from ckptbridge.converters.model import Model
+from ckptbridge.converters.execute import execute
+from ckptbridge.converters.model import Model, open_model
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.trainer.comparison import Comparison, Differences, Recording
 from ckptbridge.trainer.megatron.launch import Computed, Run, compute
@@ -53,8 +55,10 @@ def compare_by_megatron(
 ) -> tuple[Differences, tuple[LayoutRow, ...]]:
     """B against A, under the layout where they differ most, and a row for each Megatron checkpoint and layout.
 
+    A checkpoint of another format than torch_dist is first written as one: only that is loaded under every layout.
     Temporary files go into `folder`. Raises BadInputError if neither is a Megatron checkpoint; and see `compute`.
     """
+    a, b = _as_torch_dist(a, folder / "converted-a"), _as_torch_dist(b, folder / "converted-b")
     runs = [Run(model=model, layout=layout) for model in (a, b) if model.format != "hf" for layout in layouts]
     if not runs:
         raise BadInputError(
@@ -81,6 +85,13 @@ def compare_by_megatron(
         observe(b, ids_T, dtype, _ignored, compared.logits)
         of_b.append(compared.differences())
     return max(of_b, key=lambda differences: differences.largest), tuple(rows)
+
+
+def _as_torch_dist(model: Model, target: Path) -> Model:
+    if model.format in ("hf", "torch_dist"):
+        return model
+    execute(plan_conversion(model, target, "torch_dist"))
+    return open_model(target)
 
 
 def _row(checkpoint: Literal["a", "b"], result: Computed, differences: Differences, tolerance: float) -> LayoutRow:
