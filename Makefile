@@ -66,7 +66,7 @@ endif
 	@touch $@
 
 # The real megatron-core, for the tests: its wheel asks for Python 3.12, its files run on 3.11 as well.
-$(MEGATRON)/.complete: $(VENV)/.dev
+$(MEGATRON)/.complete: $(VENV)/.dev tests/fetch_megatron.py
 	$(BIN)/python tests/fetch_megatron.py
 	@touch $@
 

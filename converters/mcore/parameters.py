@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
+
+import torch
 
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.fold import folded
 from ckptbridge.converters.mapping import Family
-from ckptbridge.converters.mcore.keys import Address, address_of, state_prefix
+from ckptbridge.converters.mcore.keys import Address, address_of
+from ckptbridge.converters.mcore.optimizer_cells import from_grid, is_grid
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.tensors import LazyTensor, rows
 
@@ -16,11 +21,22 @@ if TYPE_CHECKING:
     from ckptbridge.converters.mcore.torch_dist_reader import TorchDistFolder
 
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
+_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)")
+_MAIN_WEIGHT = ("param", "fp32_param")
+"""What the distributed optimizer's fully_reshardable form calls its fp32 weights, and what every other form does."""
 
 
 def is_optimizer_key(key: str) -> bool:
     """Whether a key belongs to an optimizer, or to one of several chained ones."""
     return _OPTIMIZER.match(key) is not None
+
+
+def keys_of_state(keys: Iterable[str], state: str) -> dict[str, str]:
+    """{key of the weight: key of its `state`}; of several chained optimizers, some of which put a prefix first."""
+    if not state:
+        return {key: key for key in keys if not is_optimizer_key(key)}
+    wanted = _MAIN_WEIGHT if state == "param" else (state,)
+    return {hit[2]: key for key in keys if (hit := _STATE.fullmatch(key)) and hit[1] in wanted}
 
 
 def parameters_of(
@@ -30,12 +46,10 @@ def parameters_of(
 
     Raises BadInputError that lists every missing and unexpected key and every shape that the config contradicts.
     """
-    prefix = state_prefix(state)
-    keys = {
-        key.removeprefix(prefix)
-        for key in folder.tensors
-        if (key.startswith(prefix) if prefix else not is_optimizer_key(key))
-    }
+    stored = keys_of_state(folder.tensors, state)
+    if state == "param":
+        stored = _own_main_weights(folder) | stored
+    keys = set(stored)
     per_layer = any(key.startswith("decoder.layers.0.") for key in keys)
     used: set[str] = set()
     missing: list[str] = []
@@ -47,13 +61,17 @@ def parameters_of(
             missing.append(move.name)
             continue
         used.add(address.key)
-        whole = folder.tensors[prefix + address.key]
+        whole = folder.tensors[stored[address.key]]
+        if state and is_grid(whole, address.axes, move.shape):
+            most_padding = padding_multiple(folder.args) if move.layout.is_vocab else 1
+            tensors[move.name] = from_grid(whole, address.index, move.shape, most_padding)
+            continue
         expected = (*address.axes, *move.shape)
         extra_rows = whole.shape[0] - move.shape[0] if whole.shape[1:] == move.shape[1:] else -1
-        padded = move.layout.is_vocab and 0 <= extra_rows < _padding_multiple(folder)
+        padded = move.layout.is_vocab and 0 <= extra_rows < padding_multiple(folder.args)
         if whole.shape != expected and not padded:
             found = f"expected shape {list(expected)} from the config, found {list(whole.shape)}"
-            wrong.add(f"  {prefix}{address.key}: {found}")
+            wrong.add(f"  {stored[address.key]}: {found}")
             continue
         part = whole.part(address.index)
         tensors[move.name] = rows(part, 0, move.shape[0]) if padded else part
@@ -66,9 +84,14 @@ def parameters_of(
     return tensors
 
 
-def _padding_multiple(folder: TorchDistFolder) -> int:
+def _own_main_weights(folder: TorchDistFolder) -> dict[str, str]:
+    """Weights in fp32: the mixed-precision optimizer keeps no second copy of them."""
+    weights = keys_of_state(folder.tensors, "")
+    return {key: stored for key, stored in weights.items() if folder.tensors[stored].dtype == torch.float32}
+
+
+def padding_multiple(args: Namespace | None) -> int:
     """Megatron pads the vocabulary to a multiple of this; without args, of the largest that is in use."""
-    args = folder.args
     multiple, tp = (
         getattr(args, "make_vocab_size_divisible_by", None),
         getattr(args, "tensor_model_parallel_size", None),

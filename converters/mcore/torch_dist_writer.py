@@ -6,32 +6,33 @@ rank of that layout reads its own bytes and no others, and which series of files
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
-import pickle
 import uuid
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo  # pyright: ignore[reportPrivateUsage]
-from torch.distributed.checkpoint.metadata import (
+
+from ckptbridge.converters.errors import BadInputError, NotSupportedError
+from ckptbridge.converters.inert_pickles import saved
+from ckptbridge.converters.layout import Box
+from ckptbridge.converters.mapping import Family, Move
+from ckptbridge.converters.mcore.args import make_args
+from ckptbridge.converters.mcore.distributed_metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageInfo,
     StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
+    pickled,
 )
-
-from ckptbridge.converters.errors import BadInputError, NotSupportedError
-from ckptbridge.converters.layout import Box
-from ckptbridge.converters.mapping import Family, Move
-from ckptbridge.converters.mcore.args import make_args
 from ckptbridge.converters.mcore.keys import address_of, extra_state_keys, state_prefix
 from ckptbridge.converters.mcore.megatron_folder import MegatronPlan
 from ckptbridge.converters.mcore.torch_dist_reader import COMMON_KEY
@@ -63,8 +64,9 @@ class TorchDistWriter:
     target_mcore: tuple[int, int] | None = None
     _open: dict[int, OutputFile] = field(default_factory=dict[int, OutputFile])
     _files: list[OutputFile] = field(default_factory=list[OutputFile])
-    _tensors: dict[str, Any] = field(default_factory=dict[str, Any])
-    _storage: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    _keys: dict[str, _Key] = field(default_factory=dict[str, "_Key"])
+    _objects: dict[str, StorageInfo] = field(default_factory=dict[str, StorageInfo])
+    _boxes: dict[tuple[str, tuple[int, ...], int], list[list[Box]]] = field(default_factory=dict[Any, Any])
 
     @property
     def padded_vocab_size(self) -> int:
@@ -76,9 +78,17 @@ class TorchDistWriter:
         return self.per_layer_keys or not self.config.layers_are_alike
 
     def add_model(self, tensors: Checkpoint, state: str = "") -> None:
-        """One state of every parameter, by its name with layer and expert numbers."""
+        """One state of every parameter, by its name with layer and expert numbers.
+
+        A state of the optimizer may be there for some parameters only: fp32 weights have no second copy.
+        """
         for move in self.family.moves(self.config):
-            self._add_parameter(move, tensors[move.name], state_prefix(state))
+            if not state or move.name in tensors:
+                self._add_parameter(move, tensors[move.name], state_prefix(state))
+
+    def add_object(self, key: str, blob: bytes) -> None:
+        """An object as another checkpoint holds it, byte for byte."""
+        self._add_object(self._series(0), [key], blob)
 
     def plan(
         self,
@@ -99,11 +109,11 @@ class TorchDistWriter:
         self._add_extra_state()
         first = self._series(0)
         if self.target_mcore is None or self.target_mcore >= (0, 17):
-            self._add_object(first, [COMMON_KEY], _saved([state]))
+            self._add_object(first, [COMMON_KEY], saved([state]))
         last: list[tuple[str, bytes]] = []
         if self.target_mcore is None or self.target_mcore < (0, 19):
-            last.append(("common.pt", _saved(state)))
-        last.append((".metadata", pickle.dumps(self._metadata())))
+            last.append(("common.pt", saved(state)))
+        last.append((".metadata", pickled(self._metadata())))
         last.append(
             (
                 "metadata.json",
@@ -135,7 +145,10 @@ class TorchDistWriter:
             stage = layout.stage_of_layer(move.layer, config.num_layers)
         address = address_of(move.name, config, per_layer_keys=self.layers_in_keys)
         size = layout.tp if move.expert is None else layout.expert_tp
-        ranks = move.layout.boxes(tensor.shape, config, size)
+        kind = (move.layout.name, tensor.shape, size)
+        ranks = self._boxes.get(kind)
+        if ranks is None:
+            ranks = self._boxes[kind] = move.layout.boxes(tensor.shape, config, size)
         for tp_rank, boxes in enumerate(ranks if move.layout.tp is not None else ranks[:1]):
             rank = (
                 layout.rank_of(stage, tp_rank)
@@ -162,36 +175,27 @@ class TorchDistWriter:
         name = f"{key}@{','.join(map(str, offsets))}"
         file.pieces.append(Piece(name, at + archive.data_offset, part, partial(archive.frame, at)))
         file.size = at + archive.size
-        entry = self._tensors.setdefault(
-            key,
-            TensorStorageMetadata(
-                properties=TensorProperties(dtype=tensor.dtype),
-                size=torch.Size((*axes, *tensor.shape)),
-                chunks=[],
-            ),
-        )
-        if entry.properties.dtype != tensor.dtype:
+        known = self._keys.get(key)
+        if known is None:
+            known = self._keys[key] = _Key(tensor.dtype, (*axes, *tensor.shape), [])
+        if known.dtype != tensor.dtype:
             raise BadInputError(
-                f"{key}: some of its layers or experts are {entry.properties.dtype}, others {tensor.dtype}, but a key "
+                f"{key}: some of its layers or experts are {known.dtype}, others {tensor.dtype}, but a key "
                 "has one dtype: convert with --dtype, or with --per-layer-keys where the layers differ"
             )
-        self._storage[MetadataIndex(key, torch.Size(offsets), len(entry.chunks))] = _StorageInfo(
-            file.name, at, archive.size
-        )
-        entry.chunks.append(ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)))
+        known.chunks.append((offsets, sizes, file.name, at, archive.size))
 
     def _add_extra_state(self) -> None:
         """One empty tensor serves every key: what Transformer Engine itself saves outside fp8."""
         keys = list(extra_state_keys(self.config, per_layer_keys=self.layers_in_keys))
-        self._add_object(self._series(0), keys, _saved([torch.empty(0, dtype=torch.uint8)]))
+        self._add_object(self._series(0), keys, saved([torch.empty(0, dtype=torch.uint8)]))
 
     def _add_object(self, file: OutputFile, keys: Iterable[str], blob: bytes) -> None:
         at = -(-file.size // _ALIGNMENT) * _ALIGNMENT
         file.patches.append((at, blob))
         file.size = at + len(blob)
         for key in keys:
-            self._tensors[key] = BytesStorageMetadata()
-            self._storage[MetadataIndex(key)] = _StorageInfo(file.name, at, len(blob))
+            self._objects[key] = StorageInfo(file.name, at, len(blob))
 
     def _series(self, rank: int, nbytes: int = 0) -> OutputFile:
         """The file that a rank's next bytes go to: a new one when they would exceed the size."""
@@ -204,24 +208,42 @@ class TorchDistWriter:
         return file
 
     def _metadata(self) -> Metadata:
-        metadata = Metadata(
-            state_dict_metadata=self._tensors,
-            planner_data=None,
-            storage_data=self._storage,
-            storage_meta=StorageMeta(save_id=_plan_id(self._storage)),
+        tensors: dict[str, Any] = {key: known.described() for key, known in self._keys.items()}
+        return Metadata(
+            state_dict_metadata=tensors | dict.fromkeys(self._objects, BytesStorageMetadata()),
+            storage_data=self._storage(),
+            storage_meta=StorageMeta(save_id=self._plan_id()),
+            version="1.0.0",
         )
-        if hasattr(metadata, "version") and metadata.version is None:
-            metadata.version = "1.0.0"
-        return metadata
+
+    def _storage(self) -> Iterator[tuple[MetadataIndex, StorageInfo]]:
+        for key, known in self._keys.items():
+            for count, (offsets, _, file, at, nbytes) in enumerate(known.chunks):
+                yield MetadataIndex(key, torch.Size(offsets), count), StorageInfo(file, at, nbytes)
+        for key, info in self._objects.items():
+            yield MetadataIndex(key), info
+
+    def _plan_id(self) -> str:
+        """An id that follows from the plan, so that a resumed conversion ends with the same bytes."""
+        text = hashlib.sha256()
+        for key, known in self._keys.items():
+            text.update(f"{key}:{known}".encode())
+        for key, info in self._objects.items():
+            text.update(f"{key}:{info}".encode())
+        return str(uuid.UUID(bytes=text.digest()[:16], version=5))
 
 
-def _plan_id(storage: Mapping[Any, Any]) -> str:
-    """An id that follows from the plan, so that a resumed conversion ends with the same bytes."""
-    text = ";".join(f"{index.fqn}@{index.offset}={info.relative_path}:{info.offset}" for index, info in storage.items())
-    return str(uuid.uuid5(uuid.NAMESPACE_OID, text))
+class _Key(NamedTuple):
+    """What was added under one key. A chunk is (offsets, sizes, file, where its archive begins, its bytes)."""
 
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: list[tuple[tuple[int, ...], tuple[int, ...], str, int, int]]
 
-def _saved(value: Any) -> bytes:
-    out = io.BytesIO()
-    torch.save(value, out)
-    return out.getvalue()
+    def described(self) -> TensorStorageMetadata:
+        """The same in torch's words, one chunk at a time: hundreds of thousands of objects would take 0.2 GB."""
+        return TensorStorageMetadata(
+            properties=TensorProperties(dtype=self.dtype),
+            size=torch.Size(self.shape),
+            chunks=(ChunkStorageMetadata(torch.Size(at), torch.Size(sizes)) for at, sizes, *_ in self.chunks),
+        )

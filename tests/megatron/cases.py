@@ -167,7 +167,7 @@ def to_megatron(hf: Path, target: Path, options: ConvertOptions) -> Path:
 
 def load_case(folder: Path, hf: Path, layout: Layout, expected: Tensor) -> Load:
     """A load of `folder` into a model made from the config.json in `hf`."""
-    return Load(folder=folder, layout=layout, config=_config(hf), tokens=token_ids(), expected=expected)
+    return Load(folder=folder, layout=layout, config=megatron_config(hf), tokens=token_ids(), expected=expected)
 
 
 def variant_case(name: str, folder: Path) -> Load:
@@ -216,8 +216,9 @@ def mislabelled_case(converted: Path, hf: Path, folder: Path, expected: Tensor) 
 
 def save_case(hf: Path, folder: Path, layout: Layout, *, local_names: bool = False) -> Save:
     """A save by megatron-core of a model made from the config.json in `hf`."""
-    return Save(folder=folder, layout=layout, config=_config(hf), tokens=token_ids(), local_names=local_names)
+    return Save(folder=folder, layout=layout, config=megatron_config(hf), tokens=token_ids(), local_names=local_names)
 
 
-def _config(hf: Path) -> dict[str, Any]:
+def megatron_config(hf: Path) -> dict[str, Any]:
+    """What megatron-core is given for the config.json in a folder."""
     return megatron_kwargs(json.loads((hf / "config.json").read_text()))

@@ -39,6 +39,7 @@ class Load:
     """Load `folder`, which holds a metadata.json, and compare its logits with `expected`.
 
     `config` is the result of `megatron_kwargs`, `tokens` [batch, length], `expected` [batch, length, vocabulary].
+    With `default_strictness` megatron-core itself decides what it refuses, and nothing is told of keys.
     """
 
     folder: Path
@@ -46,6 +47,7 @@ class Load:
     config: dict[str, Any]
     tokens: Tensor
     expected: Tensor
+    default_strictness: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,19 +81,19 @@ class Result:
     logits: Tensor | None = None
 
 
-def launch(cases: Sequence[Load | Save]) -> list[Result]:
-    """Run the cases and return a result for each, in order.
+def launch(cases: Sequence[Load | Save], megatron: Path = MEGATRON) -> list[Result]:
+    """Run the cases on the megatron-core in a folder, and return a result for each, in order.
 
     Raises FileNotFoundError when megatron-core has not been fetched.
     """
-    check_fetched()
+    check_fetched(megatron)
     with tempfile.TemporaryDirectory() as name:
         files = [_write(case, Path(name) / str(number)) for number, case in enumerate(cases)]
         # Making the process groups of a layout takes a second, so cases that share one follow each other.
         waiting = sorted(range(len(cases)), key=lambda number: str(cases[number].layout))
         errors: dict[int, str] = {}
         while waiting and len(errors) < MAX_FAILURES:
-            printed = _run([files[number] for number in waiting], Path(name) / f"job{len(errors)}")
+            printed = _run([files[number] for number in waiting], Path(name) / f"job{len(errors)}", megatron)
             waiting = [number for number in waiting if not Path(files[number]["out"]).exists()]
             if waiting:
                 errors[waiting.pop(0)] = printed
@@ -99,10 +101,10 @@ def launch(cases: Sequence[Load | Save]) -> list[Result]:
         return [_read(case, errors.get(number, "")) for number, case in enumerate(files)]
 
 
-def check_fetched() -> None:
+def check_fetched(megatron: Path = MEGATRON) -> None:
     """Raises FileNotFoundError when megatron-core has not been fetched."""
-    if not MEGATRON.is_dir():
-        raise FileNotFoundError(f"{MEGATRON} is missing: run `make test`, which fetches megatron-core")
+    if not megatron.is_dir():
+        raise FileNotFoundError(f"{megatron} is missing: run `make test`, which fetches megatron-core")
 
 
 def _write(case: Load | Save, folder: Path) -> dict[str, Any]:
@@ -116,6 +118,7 @@ def _write(case: Load | Save, folder: Path) -> dict[str, Any]:
         "layout": asdict(case.layout),
         "config": case.config,
         "local_names": isinstance(case, Save) and case.local_names,
+        "default_strictness": isinstance(case, Load) and case.default_strictness,
         "token_ids": case.tokens.tolist(),
         "expected": str(folder / "expected.pt"),
         "logits": str(folder / "logits.pt"),
@@ -130,18 +133,22 @@ def _read(case: dict[str, Any], error: str) -> Result:
     return Result(**json.loads(Path(case["out"]).read_text()), logits=logits)
 
 
-def _run(cases: list[dict[str, Any]], folder: Path) -> str:
+def _run(cases: list[dict[str, Any]], folder: Path, megatron: Path) -> str:
     """Run a job to its end or its first failing case; returns the end of what it printed."""
     folder.mkdir()
     job = folder / "job.json"
     job.write_text(json.dumps({"cases": cases, "store": str(folder / "store")}))
-    environment = os.environ | {
-        "PYTHONPATH": str(MEGATRON),
+    command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(job)]
+    finished = subprocess.run(command, env=environment(megatron), capture_output=True, text=True)
+    return f"exit status {finished.returncode}\n{finished.stdout[-2000:]}{finished.stderr[-8000:]}"
+
+
+def environment(megatron: Path = MEGATRON) -> dict[str, str]:
+    """The variables of a process that runs megatron-core on a CPU."""
+    return os.environ | {
+        "PYTHONPATH": str(megatron),
         "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(job)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-    return f"exit status {finished.returncode}\n{finished.stdout[-2000:]}{finished.stderr[-8000:]}"

@@ -29,6 +29,7 @@ def run_rank(rank: int, job: dict[str, Any]) -> None:
     """All cases of the job, on one rank. An exception ends the job for every rank."""
     import torch
     import torch.distributed as dist
+    from megatron.core.transformer.moe import moe_utils
 
     from ckptbridge.trainer.megatron import on_cpu
 
@@ -37,6 +38,8 @@ def run_rank(rank: int, job: dict[str, Any]) -> None:
     store = dist.FileStore(job["store"], WORLD_SIZE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
     on_cpu.patch()
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 asks for it, and has it only beside Transformer Engine
+        moe_utils.te_general_gemm = None
     with on_cpu.OnCpu():
         for case in job["cases"]:
             start = time.monotonic()
