@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ckptbridge.converters.copying import digest_of
+from ckptbridge.converters.block_causes import scale_cause
+from ckptbridge.converters.blocks import digest_of
 from ckptbridge.converters.layout import GATED, QKV
 from ckptbridge.converters.mcore.keys import expert_of, layer_of
 from ckptbridge.converters.model import Model
@@ -131,7 +132,9 @@ class _Causes:
             return "gate_proj and up_proj swapped"
         if layout is QKV and (cause := _qkv_order(a, b, self.a.config)):
             return cause
-        return _scale(a, b) or "values differ"
+        sides = (self.a.tensors[name], self.b.tensors[name])
+        parts = [layout.unpack(side, self.a.config) if layout else [side] for side in sides]
+        return scale_cause(*parts) or _scale(a, b) or "values differ"
 
 
 def _qkv_order(a: Tensor, b: Tensor, config: ModelConfig) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptbridge.converters.errors import BadInputError, NotSupportedError
+from ckptbridge.converters.errors import BadInputError, NotSupportedError, told
 from ckptbridge.converters.model_config import Llama3RopeScaling, ModelConfig
 
 Json = dict[str, Any]
@@ -94,7 +94,7 @@ class Must(FieldRow):
             found = missing
         if found != self.value:
             raise NotSupportedError(
-                f"config.json: {self.hf} is {found!r}; only {self.value!r} is supported for this family"
+                f"config.json: {self.hf} is {told(found)}; only {self.value!r} is supported for this family"
             )
         return {}
 
@@ -167,7 +167,7 @@ class Rope(FieldRow):
             if set(rope) != set(names):
                 raise BadInputError(f"config.json: rope_type 'llama3' needs exactly {names}, found {tuple(rope)}")
             return {"rotary_base": float(theta), "rope_scaling": Llama3RopeScaling(**rope)}
-        raise NotSupportedError(f"config.json: rope_type {kind!r} is not supported; known: 'default', 'llama3'")
+        raise NotSupportedError(f"config.json: rope_type {told(kind)} is not supported; known: 'default', 'llama3'")
 
     def to_hf(self, config: ModelConfig) -> Json:
         scaling = config.rope_scaling
@@ -223,6 +223,8 @@ class SparseLayers(FieldRow):
     def to_mcore(self, hf: Json) -> Json:
         step = hf.get("decoder_sparse_step") or 1
         dense: list[int] = hf.get("mlp_only_layers") or []
+        if type(hf["num_hidden_layers"]) is not int or hf["num_hidden_layers"] > 10_000:
+            raise BadInputError(f"config.json: num_hidden_layers is {told(hf['num_hidden_layers'])}")
         sparse = tuple(int(i not in dense and (i + 1) % step == 0) for i in range(hf["num_hidden_layers"]))
         return {"moe_layer_freq": 1 if all(sparse) else sparse}
 
@@ -272,9 +274,9 @@ def read_config(fields: Sequence[FieldRow], hf: Json, where: str, ignore: Iterab
     """
     known = {name for row in fields for name in row.hf_names} | set(IRRELEVANT.names) | set(ignore)
     if strange := sorted(name for name, value in hf.items() if name not in known and value is not None):
-        told = ", ".join(f"{name} = {hf[name]!r}"[:100] for name in strange)
+        listed = ", ".join(f"{name} = {told(hf[name])}"[:100] for name in strange)
         raise NotSupportedError(
-            f"{where}: fields that are not understood and may change the computation: {told}. If they do not, name "
+            f"{where}: fields that are not understood and may change the computation: {listed}. If they do not, name "
             f"them: " + " ".join(f"--ignore-config-field {name}" for name in strange)
         )
     values: Json = {}
@@ -284,7 +286,7 @@ def read_config(fields: Sequence[FieldRow], hf: Json, where: str, ignore: Iterab
         return ModelConfig(**values)
     except BadInputError as error:
         raise type(error)(f"{where}: {error}".replace("config.json: config.json:", "config.json:")) from error
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise BadInputError(f"{where}: a field has a value of the wrong kind: {error}") from error
 
 

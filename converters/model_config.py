@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ckptbridge.converters.errors import BadInputError
+from ckptbridge.converters.errors import BadInputError, told
+
+_LARGEST = 1 << 48
+_MOST_LAYERS, _MOST_EXPERTS_IN_ALL = 10_000, 200_000
+"""A trillion parameters are 61 layers of 384 experts; far more is a spoiled number, and would take hours to list."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +72,12 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("max_position_embeddings", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise BadInputError(f"{name} is {size}: it must be at least 1")
+        experts = self.num_moe_experts or 0
+        if max(self.num_layers, experts) > _MOST_LAYERS or self.num_layers * experts > _MOST_EXPERTS_IN_ALL:
+            raise BadInputError(f"num_layers is {self.num_layers} and num_moe_experts {experts}: no model has so many")
         if self.num_attention_heads % self.num_query_groups:
             raise BadInputError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
@@ -120,4 +130,7 @@ def _check_kind(name: str, value: Any, annotation: str) -> None:
     elif annotation.startswith("Llama3RopeScaling"):
         kinds = (Llama3RopeScaling,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise BadInputError(f"{name} is {value!r}: expected {annotation}")
+        raise BadInputError(f"{name} is {told(value)}: expected {annotation}")
+    for number in (value,) if isinstance(value, int | float) else ():
+        if not abs(number) < _LARGEST:  # nan is not either
+            raise BadInputError(f"{name} is {told(value)}: no model has such a number")

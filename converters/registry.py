@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckptbridge.converters.errors import BadInputError, NotSupportedError
+from ckptbridge.converters.errors import BadInputError, NotSupportedError, told
 from ckptbridge.converters.families.llama import LLAMA
 from ckptbridge.converters.families.mistral import MISTRAL
 from ckptbridge.converters.families.mixtral import MIXTRAL
@@ -24,24 +24,25 @@ def family_of(hf_config: dict[str, Any], where: str) -> Family:
     """The family of a config.json. Raises NotSupportedError with the list of known architectures."""
     names: Any = hf_config.get("architectures") or []
     if not isinstance(names, list):
-        raise BadInputError(f"{where}: architectures is {names!r}; expected a list of class names")
+        raise BadInputError(f"{where}: architectures is {told(names)}; expected a list of class names")
     kind = hf_config.get("model_type")
     for family in FAMILIES:
         if family.architecture in names or (not names and kind == family.name):
             return family
     known = ", ".join(f.architecture for f in FAMILIES)
     raise NotSupportedError(
-        f"{where}: architectures is {names} and model_type {kind!r}; known are {known}. "
+        f"{where}: architectures is {told(names)} and model_type {told(kind)}; known are {known}. "
         "CONTRIBUTING.md tells how to add a family in four steps"
     )
 
 
-def family_named(name: str) -> Family:
-    """The family of this name. Raises NotSupportedError with the list of names."""
+def family_named(name: str, where: str = "") -> Family:
+    """The family of this name, which stands in the file `where`. Raises NotSupportedError with the list of names."""
     for family in FAMILIES:
         if family.name == name:
             return family
-    raise NotSupportedError(f"family {name!r} is not known; known are {', '.join(f.name for f in FAMILIES)}")
+    place = f"{where}: " if where else ""
+    raise NotSupportedError(f"{place}family {told(name)} is not known; known are {', '.join(f.name for f in FAMILIES)}")
 
 
 def family_that_expresses(config: ModelConfig, where: str) -> Family:
