@@ -23,9 +23,22 @@ out = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDT
 err = Console(stderr=True, highlight=False)
 
 
+_JSON_ENTRIES = 10_000
+
+
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    typer.echo(json.dumps(value))
+    """One JSON object on stdout, in parts: the plan of a model of 671 billion parameters has 60 MB."""
+    for number, (name, entry) in enumerate(value.items()):
+        typer.echo(f"{', ' if number else '{'}{json.dumps(name)}: ", nl=False)
+        entries: list[Any] = entry if isinstance(entry, list) else []  # pyright: ignore[reportUnknownVariableType]
+        if len(entries) <= _JSON_ENTRIES:
+            typer.echo(json.dumps(entry), nl=False)
+            continue
+        for start in range(0, len(entries), _JSON_ENTRIES):
+            part = json.dumps(entries[start : start + _JSON_ENTRIES])
+            typer.echo(f"{', ' if start else '['}{part[1:-1]}", nl=False)
+        typer.echo("]", nl=False)
+    typer.echo("}" if value else "{}")
 
 
 def size(nbytes: float) -> str:

@@ -15,17 +15,22 @@ from typing import Any, Literal
 
 import torch
 
-from ckptbridge.converters.copying import PARTIAL_SUFFIX, sum_nbytes, work_nbytes
+from ckptbridge.converters.collection import no_collection
+from ckptbridge.converters.copying import sum_nbytes, work_nbytes
+from ckptbridge.converters.disk import PARTIAL_SUFFIX
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.hf_folder import INDEX, SINGLE
 from ckptbridge.converters.mapping import check_names_and_shapes, unpacked
 from ckptbridge.converters.mcore.args import megatron_notes
-from ckptbridge.converters.mcore.megatron_folder import MegatronWriter
+from ckptbridge.converters.mcore.bridge_files import BRIDGE_NOTE, bridge_files
+from ckptbridge.converters.mcore.legacy_writer import LegacyWriter
+from ckptbridge.converters.mcore.megatron_folder import MegatronPlan, MegatronWriter
 from ckptbridge.converters.mcore.torch_dist_reader import TRACKER
 from ckptbridge.converters.mcore.torch_dist_writer import TorchDistWriter
 from ckptbridge.converters.model import HF_SIDE_FOLDER, Model
 from ckptbridge.converters.output import OutputFile, Piece
 from ckptbridge.converters.parallel_layout import ParallelLayout
+from ckptbridge.converters.ranks import Rank
 from ckptbridge.converters.safetensors_header import make_header
 from ckptbridge.converters.tensors import Checkpoint, LazyTensor, cast
 
@@ -53,7 +58,9 @@ class ConvertOptions:
     overwrite: bool = False
     receipt: Path | None = None
     check_finite: bool = False
-    """Refuse weights that are NaN or infinite."""
+    """Refuse a source that holds NaN or infinities; without it they are counted in the receipt."""
+    rank: Rank = field(default_factory=Rank)
+    """This process among those that share the conversion."""
     legacy_names: str = "te"
     """Format torch: whose modules will load it (see mcore/legacy_names.py)."""
     for_bridge: bool = False
@@ -92,6 +99,7 @@ class ConversionPlan:
             held[rank] = held.get(rank, 0) + file.size
         return held
 
+    @no_collection()
     def to_json(self) -> dict[str, Any]:
         """The plan for machines: files, every tensor's place, routes, notes."""
         return {
@@ -118,6 +126,7 @@ class ConversionPlan:
         }
 
 
+@no_collection()
 def plan_conversion(
     source: Model, target: Path, to: TargetFormat, options: ConvertOptions | None = None
 ) -> ConversionPlan:
@@ -126,6 +135,22 @@ def plan_conversion(
     Raises BadInputError or NotSupportedError when the model cannot be written so; nothing has been written then.
     """
     options = options or ConvertOptions()
+    target = checked_target(target, options)
+    expected = {move.name: move.shape for move in source.family.moves(source.config)}
+    check_names_and_shapes(expected, source.tensors, str(source.path))
+    tensors = cast_all(source.tensors, options.dtype)
+    try:
+        if to == "hf":
+            return _plan_hf(source, target, tensors, options)
+        return _plan_megatron(source, target, to, tensors, options)
+    except BadInputError as error:
+        if str(source.path) in str(error):
+            raise
+        raise type(error)(f"{source.path}: {error}") from error
+
+
+def checked_target(target: Path, options: ConvertOptions) -> Path:
+    """The target, resolved. Raises BadInputError naming an option that is too small, or a target that is no folder."""
     for name in ("max_file_size", "max_shard_size", "max_ram", "workers"):
         if getattr(options, name) < 1:
             raise BadInputError(f"{name} is {getattr(options, name)}: it must be at least 1")
@@ -133,17 +158,14 @@ def plan_conversion(
         raise BadInputError(f"{target}: names no folder that could be made")
     if target.name.endswith(PARTIAL_SUFFIX):
         raise BadInputError(f"{target}: the ending {PARTIAL_SUFFIX} means unfinished work; name another folder")
-    target = target.resolve()  # a link keeps naming the folder, whatever replaces it
-    expected = {move.name: move.shape for move in source.family.moves(source.config)}
-    check_names_and_shapes(expected, source.tensors, str(source.path))
-    tensors = {name: _cast(tensor, options.dtype) for name, tensor in source.tensors.items()}
-    if to == "hf":
-        return _plan_hf(source, target, tensors, options)
-    return _plan_megatron(source, target, to, tensors, options)
+    return target.resolve()  # a link keeps naming the folder, whatever replaces it
 
 
-def _cast(tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
-    return tensor if dtype is None or not tensor.dtype.is_floating_point else cast(tensor, dtype)
+def cast_all(tensors: Checkpoint, dtype: torch.dtype | None) -> Checkpoint:
+    """The tensors in another dtype, but for whole numbers; None keeps each one's own."""
+    if dtype is None:
+        return tensors
+    return {name: cast(t, dtype) if t.dtype.is_floating_point else t for name, t in tensors.items()}
 
 
 def _plan_hf(source: Model, target: Path, tensors: Checkpoint, options: ConvertOptions) -> ConversionPlan:
@@ -177,6 +199,14 @@ def _plan_hf(source: Model, target: Path, tensors: Checkpoint, options: ConvertO
 def megatron_writer(source: Model, to: WrittenFormat, options: ConvertOptions) -> MegatronWriter:
     """A writer of a Megatron format for this model. Raises BadInputError when the layout cannot hold the model."""
     options.layout.check(source.config)
+    if to == "torch":
+        return LegacyWriter(
+            family=source.family,
+            config=source.config,
+            layout=options.layout,
+            dtype=options.dtype or source.dtype,
+            names=options.legacy_names,
+        )
     return TorchDistWriter(
         family=source.family,
         config=source.config,
@@ -194,28 +224,52 @@ def _plan_megatron(
     writer = megatron_writer(source, to, options)
     writer.add_model(tensors)
     plan = writer.plan({"ckptbridge": {"family": source.family.name}})
+    notes = (*source.notes, *megatron_notes(source.config))
+    return megatron_conversion(source, target, to, options, plan, iteration=None, notes=notes)
+
+
+def megatron_conversion(
+    source: Model,
+    target: Path,
+    to: WrittenFormat,
+    options: ConvertOptions,
+    plan: MegatronPlan,
+    *,
+    iteration: int | None,
+    notes: tuple[str, ...],
+) -> ConversionPlan:
+    """A Megatron writer's plan with what lies around it: the tracker, config.json and tokenizer.
+
+    The folder is `iter_0000123`, or for an iteration of None `release`, which Megatron loads as weights alone.
+    """
+    beside: list[tuple[str, bytes]] = []
+    if options.for_bridge:
+        if to != "torch_dist":
+            raise BadInputError(f"--for-bridge: Megatron-Bridge reads torch_dist, not the format {to}")
+        iteration = iteration or 0  # it looks for no release
+        dtype = options.dtype or source.dtype
+        beside = bridge_files(source.config, options.layout, dtype, f"iter_{iteration:07d}", step=iteration)
+        notes = (*notes, BRIDGE_NOTE)
+    folder, tracker = ("release", b"release") if iteration is None else (f"iter_{iteration:07d}", b"%d" % iteration)
     config_copy, config_file = config_json(source, options.dtype)
     return ConversionPlan(
         source=source,
         target=target,
         to=to,
         options=options,
-        files=tuple(_within("release", file) for file in plan.files),
+        files=tuple(replace(file, name=f"{folder}/{file.name}") for file in plan.files),
         small=(
             *((f"{HF_SIDE_FOLDER}/{name}", data) for name, data in config_file),
-            *((f"release/{name}", data) for name, data in plan.last),
-            (TRACKER, b"release"),
+            *((f"{folder}/{name}", data) for name, data in plan.last),
+            *beside,
+            (TRACKER, tracker),
         ),
         copies=tuple(
             (path, f"{HF_SIDE_FOLDER}/{name}")
             for path, name in (*((asset, asset.name) for asset in source.assets), *config_copy)
         ),
-        notes=(*source.notes, *megatron_notes(source.config)),
+        notes=notes,
     )
-
-
-def _within(folder: str, file: OutputFile) -> OutputFile:
-    return replace(file, name=f"{folder}/{file.name}")
 
 
 def config_json(source: Model, dtype: torch.dtype | None) -> tuple[list[tuple[Path, str]], list[tuple[str, bytes]]]:

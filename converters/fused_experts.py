@@ -37,6 +37,20 @@ def with_experts_apart(found: Checkpoint, family: Family, config: ModelConfig, w
     return _with_published_router(made, family, config)
 
 
+def stack_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every stack that a file may hold, by each name that it may have, and of a router named so."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for move in family.moves(config):
+        layer = f"model.layers.{move.layer}"
+        if move.name.endswith(".mlp.router.weight"):
+            shapes[f"{layer}.mlp.gate.weight"] = move.shape
+        if move.expert is not None:
+            stack = "gate_up_proj" if move.layout is GATED else "down_proj"
+            for block in ("mlp", "block_sparse_moe"):
+                shapes[f"{layer}.{block}.experts.{stack}"] = (config.num_moe_experts or 0, *move.shape)
+    return shapes
+
+
 def _taken_apart(name: str, stack: LazyTensor, moves: list[Move], where: str) -> dict[str, LazyTensor]:
     wanted = (len(moves), *moves[0].shape) if moves else ()
     if tuple(stack.shape) != wanted:

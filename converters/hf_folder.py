@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from ckptbridge.converters.errors import BadInputError, StorageError
+from ckptbridge.converters.errors import BadInputError, told
 from ckptbridge.converters.pickles import TensorRef
 from ckptbridge.converters.safetensors_header import read_header
+from ckptbridge.converters.small_files import MOST_NBYTES, is_file_name, read_small
 from ckptbridge.converters.tensors import Checkpoint, LazyTensor, Stored
 from ckptbridge.converters.torch_archive import read_archive, stored_tensor
 
@@ -46,6 +47,8 @@ class HfFolder:
     config: dict[str, Any]
     tensors: Checkpoint
     assets: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+    """What the user should know about how it was read."""
 
 
 def open_hf_folder(folder: Path) -> HfFolder:
@@ -58,17 +61,17 @@ def open_hf_folder(folder: Path) -> HfFolder:
 
 def find_assets(folder: Path) -> tuple[Path, ...]:
     """The tokenizer and generation files of a folder."""
-    return tuple(folder / name for name in ASSET_NAMES if (folder / name).is_file())
+    found = tuple(folder / name for name in ASSET_NAMES if (folder / name).is_file())
+    for path in found:  # they are read whole when they are copied
+        if (size := path.stat().st_size) > MOST_NBYTES:
+            raise BadInputError(f"{path}: has {size} bytes, expected at most {MOST_NBYTES}")
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises BadInputError when it is missing or no object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadInputError(f"{path}: the file is missing") from error
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+        value = json.loads(read_small(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"{path}: no JSON: {error}") from error
     if not isinstance(value, dict):
@@ -110,25 +113,44 @@ def read_pickled_weights(path: Path) -> dict[str, Stored]:
     return found
 
 
-def _indexed(folder: Path, index_name: str, read: Callable[[Path], dict[str, Stored]]) -> Checkpoint:
-    index = folder / index_name
+def read_index(index: Path) -> dict[str, str]:
+    """{tensor: file} of an index. Raises BadInputError for a name that is no file name within the folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInputError(f"{index}: weight_map is missing or empty")
     names: dict[str, Any] = weight_map  # pyright: ignore[reportUnknownVariableType]
+    sound: set[str] = set()
     for name, file in names.items():
-        if not isinstance(file, str) or not file or PurePosixPath(file).name != file or "\\" in file:
+        if isinstance(file, str) and file in sound:
+            continue
+        if not is_file_name(file):
             raise BadInputError(
-                f"{index}: tensor {name!r} is said to be in {file!r}, which is no file name within the folder"
+                f"{index}: tensor {name!r} is said to be in {told(file)}, which is no file name within the folder"
             )
-    headers: dict[str, dict[str, Any]] = {}
-    claimed: dict[str, str] = {}
+        sound.add(file)
+    return names
+
+
+def _indexed(folder: Path, index_name: str, read: Callable[[Path], dict[str, Stored]]) -> Checkpoint:
+    index = folder / index_name
+    names = read_index(index)
+    headers: dict[str, Mapping[str, LazyTensor]] = {}
     for file in sorted(set(names.values())):
         if not (folder / file).is_file():
             owner = next(n for n, f in names.items() if f == file)
             raise BadInputError(f"{index}: tensor {owner!r} is said to be in {file}, which is missing from {folder}")
-        headers[file] = dict(read(folder / file))
-        for name in headers[file]:
+        headers[file] = read(folder / file)
+    return by_index(index, names, headers)
+
+
+def by_index(index: Path, names: Mapping[str, str], headers: Mapping[str, Mapping[str, LazyTensor]]) -> Checkpoint:
+    """The tensors that an index names, in its order, out of the headers of its files.
+
+    Raises BadInputError when two files hold one tensor, or when index and headers do not name the same tensors.
+    """
+    folder, claimed = index.parent, dict[str, str]()
+    for file, header in headers.items():
+        for name in header:
             if name in claimed:
                 raise BadInputError(f"{folder}: tensor {name!r} stands in both {claimed[name]} and {file}")
             claimed[name] = file
@@ -138,5 +160,5 @@ def _indexed(folder: Path, index_name: str, read: Callable[[Path], dict[str, Sto
             raise BadInputError(f"{index}: tensor {name!r} is said to be in {file}, which does not hold it")
         found[name] = headers[file][name]
     if extra := [n for n in claimed if n not in names]:
-        raise BadInputError(f"{folder / claimed[extra[0]]}: tensor {extra[0]!r} is not named by {index_name}")
+        raise BadInputError(f"{folder / claimed[extra[0]]}: tensor {extra[0]!r} is not named by {index.name}")
     return found

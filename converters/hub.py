@@ -2,13 +2,198 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+from ckptbridge.converters.announced import Announced, is_announced_only, open_announced, tells_dtype
 from ckptbridge.converters.errors import BadInputError, StorageError
-from ckptbridge.converters.hf_folder import ASSET_NAMES
+from ckptbridge.converters.hf_folder import (
+    ASSET_NAMES,
+    INDEX,
+    PICKLE,
+    PICKLE_INDEX,
+    SINGLE,
+    HfFolder,
+    by_index,
+    read_index,
+    read_json,
+)
+from ckptbridge.converters.model import Model, model_of_folder, open_model
+from ckptbridge.converters.safetensors_header import header_nbytes, parse_header
+from ckptbridge.converters.tensors import Checkpoint, LazyTensor, Stored
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+if TYPE_CHECKING:
+    from ckptbridge.converters.hub_repository import HubRepository
+    from ckptbridge.converters.hub_shards import HubShards
+
+Need = Literal["plan", "headers", "stream", "whole"]
+"""What is wanted of a Hub id: `plan` is content with config.json and the index, `headers` with the shards' headers;
+`stream` is for a conversion, which fetches the shards one after the other; `whole` downloads the model."""
+
+_FIRST_NBYTES = 1 << 16
+"""Most headers are there with the first request; those of mixtures take a second."""
+_CONNECTIONS = 8
+
+
+def open_source(
+    source: str,
+    need: Need = "whole",
+    *,
+    target: Path | None = None,
+    revision: str | None = None,
+    hf_config: Path | None = None,
+    ignore_config_fields: Iterable[str] = (),
+) -> Model:
+    """Open what `source` names, a folder or a Hub id, fetching no more than is needed.
+
+    With `stream`, shards are going to lie beside `target`. A model that is in the Hub's cache already, or is asked for
+    offline, is opened there. Raises BadInputError or NotSupportedError when it cannot be converted, StorageError when
+    the network fails.
+    """
+    path, ignore = Path(source), tuple(ignore_config_fields)
+    if path.exists():
+        if need == "plan" and is_announced_only(path):
+            return model_of_folder(open_announced(path, ignore_config_fields=ignore), ignore)
+        return open_model(path, hf_config=hf_config, ignore_config_fields=ignore)
+    _check_id(source)
+    if need == "whole" or _is_offline() or hf_config is not None:
+        return open_model(local_folder(source, revision), hf_config=hf_config, ignore_config_fields=ignore)
+    from ckptbridge.converters.hub_repository import find_repository
+
+    repository = find_repository(source, revision)
+    shards = _shard_names(repository)
+    if not all(name.endswith(".safetensors") for name in shards) or _are_cached(repository, shards):
+        return open_model(local_folder(source, revision), ignore_config_fields=ignore)
+    if need == "plan" and INDEX in repository.files and tells_dtype(read_json(repository.small_file("config.json"))):
+        folder = repository.small_file(INDEX).parent
+        announced = open_announced(folder, ignore_config_fields=ignore, assets=_assets(repository, fetched=False))
+        return _with_bound(_named(repository, announced, ignore), repository)
+    model = _streamed(repository, shards, target if need == "stream" else None, ignore)
+    return _with_bound(model, repository) if need == "plan" else model
+
+
+def _with_bound(model: Model, repository: HubRepository) -> Model:
+    """The model with a note on how much of it lies on the disk while it is converted."""
+    from ckptbridge.converters.hub_schedule import held_at_most, steps_for
+    from ckptbridge.converters.hub_shards import AHEAD
+
+    sizes = {name: file.size for name, file in repository.files.items()}
+    steps = steps_for(model.tensors.values())
+    count, nbytes = held_at_most(steps, sizes, AHEAD)
+    total = len({name for step in steps for name in step.needs})
+    note = (
+        f"shards are fetched from the Hub, used and dropped: at most {count} of {total} lie beside the target at a "
+        f"time, {nbytes / 1e9:.2f} GB"
+    )
+    return replace(model, notes=(*model.notes, note))
+
+
+def _streamed(repository: HubRepository, shards: list[str], target: Path | None, ignore: tuple[str, ...]) -> Model:
+    """The model by the headers of its shards, which are going to lie beside the target, if there is one."""
+    from ckptbridge.converters.hub_shards import HubShards
+    from ckptbridge.converters.ranks import this_rank
+
+    coming = HubShards(repository, target.resolve(), this_rank().rank) if target else None
+    tensors = dict(_described(repository, shards, coming.folder if coming else Path(repository.origin)))
+    config = read_json(repository.small_file("config.json"))
+    notes: tuple[str, ...] = ()
+    if config.get("tie_word_embeddings") and {"lm_head.weight", "model.embed_tokens.weight"} <= tensors.keys():
+        if coming is None:
+            del tensors["lm_head.weight"]
+            notes = ("lm_head.weight beside a tied embedding: it is compared when the model is converted",)
+        else:
+            _fetch_both_ends(coming, tensors)
+    if coming is None:
+        tensors = {name: Announced(Path(repository.origin), t.shape, t.dtype) for name, t in tensors.items()}
+    assets = _assets(repository, fetched=coming is not None)
+    folder = HfFolder(Path(repository.origin), config, tensors, assets, notes)
+    try:
+        return _named(repository, folder, ignore, coming)
+    except BadInputError:
+        if coming is not None:
+            coming.remove()
+        raise
+
+
+def _fetch_both_ends(shards: HubShards, tensors: Checkpoint) -> None:
+    """Both tensors of a tied pair are there twice only if they are equal, which is found out by reading them."""
+    ends = {tensor.path.name for name in _TIED if isinstance(tensor := tensors[name], Stored)}
+    try:
+        shards.wait(sorted(ends))
+    except BaseException:
+        shards.stop()
+        raise
+
+
+_TIED = ("lm_head.weight", "model.embed_tokens.weight")
+
+
+def _named(
+    repository: HubRepository, folder: HfFolder, ignore: tuple[str, ...], shards: HubShards | None = None
+) -> Model:
+    """The model of a folder that is called by its id and commit wherever it is told of."""
+    model = model_of_folder(replace(folder, path=Path(repository.origin)), ignore)
+    return replace(
+        model,
+        hf_config_file=repository.small_file("config.json") if model.hf_config_file else None,
+        derivation=f"fetched from the Hub: {repository.origin}",
+        remote=shards,
+    )
+
+
+def _described(repository: HubRepository, shards: list[str], folder: Path) -> Checkpoint:
+    """All tensors by the shards' headers, as if the shards lay in `folder`."""
+
+    def header(name: str) -> dict[str, Stored]:
+        path, size = folder / name, repository.files[name].size
+        head = repository.read(name, 0, _FIRST_NBYTES)
+        end = 8 + header_nbytes(path, head[:8], size)
+        if end > len(head):
+            head += repository.read(name, len(head), end)
+        return parse_header(path, head[8:end], size)
+
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        headers: dict[str, dict[str, LazyTensor]] = {
+            name: dict(found) for name, found in zip(shards, pool.map(header, shards), strict=True)
+        }
+    if INDEX not in repository.files:
+        return headers[SINGLE]
+    index = folder / INDEX
+    return by_index(index, read_index(repository.small_file(INDEX)), headers)
+
+
+def _shard_names(repository: HubRepository) -> list[str]:
+    """The files that hold the weights: safetensors, or pickles where there are no others. Raises BadInputError."""
+    for index, single in ((INDEX, SINGLE), (PICKLE_INDEX, PICKLE)):
+        if index in repository.files:
+            names = sorted(set(read_index(repository.small_file(index)).values()))
+            if missing := [name for name in names if name not in repository.files]:
+                raise BadInputError(
+                    f"{repository.origin}/{index}: {len(missing)} files that it names are not there, first {missing[0]}"
+                )
+            return names
+        if single in repository.files:
+            return [single]
+    raise BadInputError(
+        f"{repository.origin}: found neither {SINGLE} nor {INDEX}, nor {PICKLE} or its index: no weights that "
+        "transformers would load"
+    )
+
+
+def _assets(repository: HubRepository, *, fetched: bool) -> tuple[Path, ...]:
+    """The tokenizer and generation files, or for a plan their names alone."""
+    names = [name for name in ASSET_NAMES if name in repository.files]
+    return tuple(repository.small_file(name) if fetched else Path(repository.origin) / name for name in names)
+
+
+def _are_cached(repository: HubRepository, names: list[str]) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(repository.id, name, revision=repository.commit) for name in names)
+    return all(isinstance(path, str) for path in found)
 
 
 def local_folder(source: str, revision: str | None = None) -> Path:
@@ -19,21 +204,31 @@ def local_folder(source: str, revision: str | None = None) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    if not _HUB_ID.fullmatch(source):
-        raise BadInputError(f"{source}: no such folder, and no Hub id (org/name) either")
+    _check_id(source)
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", *ASSET_NAMES]
+    from ckptbridge.converters.hub_repository import find_repository, told
+
+    wanted: list[str] | None = None
+    if not _is_offline():
+        repository = find_repository(source, revision)
+        revision = repository.commit
+        wanted = ["config.json", INDEX, PICKLE_INDEX, *_shard_names(repository), *ASSET_NAMES]
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
-    except GatedRepoError as error:
-        raise BadInputError(
-            f"{source}: the model is gated; accept its terms on the Hub and log in with `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise BadInputError(f"{source}: no such folder here, and no such model on the Hub") from error
-    except LocalEntryNotFoundError as error:
-        raise StorageError(f"{source}: no such folder here, and the Hub cannot be reached") from error
-    except (HfHubHTTPError, OSError) as error:
+        with told(source, revision):
+            return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+    except OSError as error:
         raise StorageError(f"{source}: the download failed: {error}; run again to continue it") from error
+
+
+def _check_id(source: str) -> None:
+    from ckptbridge.converters.hub_repository import HUB_ID
+
+    if not HUB_ID.fullmatch(source):
+        raise BadInputError(f"{source}: no such folder, and no Hub id (org/name) either")
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)

@@ -75,33 +75,46 @@ class Family:
 
     def moves(self, config: ModelConfig) -> Iterator[Move]:
         """Every parameter of a model of this config, layer by layer."""
-        globals_: list[Param] = []
-        layered: list[Param] = []
-        for param in self.params:
-            (layered if "layer" in _placeholders(param.mcore) else globals_).append(param)
-        for param in globals_:
-            if param.when(config, 0):
-                yield self._resolve(param, config, {})
+        rows = [_Row(param, config) for param in self.params]
+        for row in rows:
+            if not row.has_layer and row.param.when(config, 0):
+                yield row.move()
         for layer in range(config.num_layers):
-            for param in layered:
-                if not param.when(config, layer):
-                    continue
-                if "expert" not in _placeholders(param.mcore):
-                    yield self._resolve(param, config, {"layer": layer})
-                    continue
-                for expert in range(config.num_moe_experts or 0):
-                    yield self._resolve(param, config, {"layer": layer, "expert": expert})
+            for row in rows:
+                if row.has_layer and row.param.when(config, layer):
+                    yield from row.moves(layer, config.num_moe_experts or 0)
 
-    @staticmethod
-    def _resolve(param: Param, config: ModelConfig, at: dict[str, int]) -> Move:
-        shape = mcore_shape(param.mcore, config)
+
+class _Row:
+    """A row of a table with what all of its moves share: their number goes into the tens of thousands."""
+
+    def __init__(self, param: Param, config: ModelConfig) -> None:
+        placeholders = _placeholders(param.mcore)
+        self.param, self.has_layer, self.has_expert = param, "layer" in placeholders, "expert" in placeholders
+        self.names = (param.mcore, *param.hf_names)
+        self.shape = mcore_shape(param.mcore, config)
+        self.hf_shapes = tuple(param.layout.part_shapes(self.shape, config))
+
+    def moves(self, layer: int, num_experts: int) -> Iterator[Move]:
+        """The row's moves in one layer."""
+        names = tuple(name.replace("{layer}", str(layer)) for name in self.names)
+        if not self.has_expert:
+            yield self.move(names, layer)
+            return
+        for expert in range(num_experts):
+            yield self.move(tuple(name.replace("{expert}", str(expert)) for name in names), layer, expert)
+
+    def move(self, names: tuple[str, ...] = (), layer: int | None = None, expert: int | None = None) -> Move:
+        """The row as a move of these names; without any, the row's own."""
+        mcore, *hf = names or self.names
         return Move(
-            name=param.mcore.format(**at),
-            hf=tuple(name.format(**at) for name in param.hf_names),
-            layout=param.layout,
-            shape=shape,
-            hf_shapes=tuple(param.layout.part_shapes(shape, config)),
-            **at,
+            name=mcore,
+            hf=tuple(hf),
+            layout=self.param.layout,
+            shape=self.shape,
+            hf_shapes=self.hf_shapes,
+            layer=layer,
+            expert=expert,
         )
 
 

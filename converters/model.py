@@ -6,23 +6,28 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ckptbridge.converters.copying import digest_of
+from ckptbridge.converters.blocks import digest_of
 from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.fields import read_config, write_config
 from ckptbridge.converters.formats import Format, MegatronFormat, detect_format, open_megatron
+from ckptbridge.converters.fp8_folder import dequantised
 from ckptbridge.converters.fused_experts import with_experts_apart
-from ckptbridge.converters.hf_folder import find_assets, open_hf_folder, read_json
+from ckptbridge.converters.hf_folder import HfFolder, find_assets, open_hf_folder, read_json
 from ckptbridge.converters.mapping import Family, check_names_and_shapes, packed
 from ckptbridge.converters.mcore.args import check_agreement, config_from_args
 from ckptbridge.converters.mcore.keys import decoder_name
 from ckptbridge.converters.mcore.megatron_folder import MegatronFolder
+from ckptbridge.converters.mcore.run_config import args_of_run_config
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.registry import family_named, family_of, family_that_expresses
 from ckptbridge.converters.tensors import Checkpoint, Computed, LazyTensor, Stored
+
+if TYPE_CHECKING:
+    from ckptbridge.converters.hub_shards import HubShards
 
 HF_SIDE_FOLDER = "hf"
 """Beside the weights of a Megatron checkpoint: config.json and tokenizer, also for --tokenizer-model."""
@@ -51,6 +56,8 @@ class Model:
     saved: MegatronFolder | None = None
     """The Megatron checkpoint itself, with all that stands beside the weights; None for Hugging Face."""
     notes: tuple[str, ...] = ()
+    remote: HubShards | None = None
+    """Where the shards come from while they are converted; None when all of them are here."""
     derivation: str = ""
     """What was done to the checkpoint at `path`, if it was not taken as it is: two runs with one text do the same."""
 
@@ -62,19 +69,26 @@ def open_model(path: Path, *, hf_config: Path | None = None, ignore_config_field
     Raises BadInputError or NotSupportedError naming file and tensor; nothing but headers is read.
     """
     found = detect_format(path)
-    if found == "hf":
-        return _open_hf(path, ignore_config_fields)
-    return _open_megatron(path, found, hf_config, ignore_config_fields)
+    try:
+        if found == "hf":
+            return model_of_folder(open_hf_folder(path), ignore_config_fields)
+        return _open_megatron(path, found, hf_config, ignore_config_fields)
+    except BadInputError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
 
 
-def _open_hf(path: Path, ignore: Iterable[str]) -> Model:
-    folder = open_hf_folder(path)
+def model_of_folder(folder: HfFolder, ignore: Iterable[str] = ()) -> Model:
+    """The model of an opened Hugging Face folder, its names and shapes checked. Raises as `open_model` does."""
+    path, stored, ignore = folder.path, folder, tuple(ignore)
     where = str(path / "config.json")
+    folder = dequantised(stored, ignore)
     family = family_of(folder.config, where)
     config = read_config(family.fields, folder.config, where, ignore)
     expected = {n: s for m in family.moves(config) for n, s in zip(m.hf, m.hf_shapes, strict=True)}
     ignored = {name.format(layer=layer) for name in family.ignored for layer in range(config.num_layers)}
-    notes: list[str] = []
+    notes = [*folder.notes]
     dropped: set[str] = set()
     found = with_experts_apart(folder.tensors, family, config, str(path))
     if "lm_head.weight" in found and "lm_head.weight" not in expected:
@@ -82,8 +96,8 @@ def _open_hf(path: Path, ignore: Iterable[str]) -> Model:
         dropped.add("lm_head.weight")
     check_names_and_shapes(expected, found, str(path), ignored)
     hf = {name: tensor for name, tensor in found.items() if name not in ignored}
-    sources = {name: tensor for name, tensor in folder.tensors.items() if name not in ignored and name not in dropped}
-    _refuse_quantised(sources)
+    sources = {name: tensor for name, tensor in stored.tensors.items() if name not in ignored and name not in dropped}
+    _refuse_quantised(folder.tensors)
     return Model(
         path=path,
         format="hf",
@@ -91,20 +105,20 @@ def _open_hf(path: Path, ignore: Iterable[str]) -> Model:
         config=config,
         tensors=packed(family, config, hf, _file_of(path, sources)),
         sources=sources,
-        dtype=_main_dtype(sources.values()),
+        dtype=_main_dtype(hf.values()),
         hf_config=folder.config,
-        hf_config_file=path / "config.json",
+        hf_config_file=path / "config.json" if folder is stored else None,
         assets=folder.assets,
         notes=tuple(notes),
     )
 
 
-def _refuse_quantised(sources: Checkpoint) -> None:
-    for name, tensor in sources.items():
+def _refuse_quantised(tensors: Checkpoint) -> None:
+    for name, tensor in tensors.items():
         if tensor.dtype.itemsize == 1 and isinstance(tensor, Stored):
             raise NotSupportedError(
-                f"{tensor.path}: tensor {name!r} is {tensor.dtype}; quantised weights are not supported, "
-                "take the model's bf16 files"
+                f"{tensor.path}: tensor {name!r} is {tensor.dtype}; quantised weights other than fp8 in blocks are not "
+                "supported, take the model's bf16 files"
             )
 
 
@@ -128,7 +142,7 @@ def _drop_tied_head(path: Path, found: dict[str, LazyTensor]) -> str:
 def _open_megatron(path: Path, found: MegatronFormat, hf_config: Path | None, ignore: Iterable[str]) -> Model:
     folder = open_megatron(path, found)
     hf_file = _hf_config_file(path, folder.path, hf_config)
-    args, where = folder.args, str(folder.path)
+    args, where = folder.args or args_of_run_config(folder.path, needed=hf_file is None), str(folder.path)
     if hf_file is not None:
         raw = read_json(hf_file)
         family = family_of(raw, str(hf_file))
@@ -139,7 +153,8 @@ def _open_megatron(path: Path, found: MegatronFormat, hf_config: Path | None, ig
     elif args is not None:
         config = config_from_args(args, where)
         known: Any = folder.common.get("ckptbridge")
-        family = family_named(known["family"]) if isinstance(known, dict) else family_that_expresses(config, where)  # pyright: ignore
+        named: Any = known.get("family") if isinstance(known, dict) else None  # pyright: ignore
+        family = family_named(named, where) if isinstance(named, str) else family_that_expresses(config, where)
         raw = {
             "architectures": [family.architecture],
             "model_type": family.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,10 @@ from ckptbridge.errors import exits
 from ckptbridge.flags import takes_flags
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ckptbridge.converters.convert import ConversionPlan
+    from ckptbridge.converters.hub import Need
     from ckptbridge.converters.model import Model
 
 
@@ -32,7 +36,8 @@ def hf2mcore(
 
     options = o.ConvertFlags(layout=layout, megatron=megatron, output=output, run=run).options()
     start = time.perf_counter()
-    model = opened(source, o.ReadFlags(revision=revision, ignore_config_field=ignore_config_field))
+    read = o.ReadFlags(revision=revision, ignore_config_field=ignore_config_field)
+    model = opened(source, read, "plan" if run.dry_run else "stream", target)
     if model.format != "hf":
         refuse(model, "hf", "mcore2hf")
     carry_out(plan_conversion(model, target, megatron.ckpt_format.value, options), run, tell, start)
@@ -61,13 +66,18 @@ def mcore2hf(
     carry_out(plan_conversion(model, target, "hf", options), run, tell, start)
 
 
-def opened(source: str, read: o.ReadFlags) -> Model:
-    """The checkpoint that an argument names."""
-    from ckptbridge.converters.hub import local_folder
-    from ckptbridge.converters.model import open_model
+def opened(source: str, read: o.ReadFlags, need: Need = "whole", target: Path | None = None) -> Model:
+    """The checkpoint that an argument names; of a Hub id no more is fetched than is needed."""
+    from ckptbridge.converters.hub import open_source
 
-    folder = local_folder(source, read.revision)
-    return open_model(folder, hf_config=read.hf_config, ignore_config_fields=read.ignore_config_field or ())
+    return open_source(
+        source,
+        need,
+        target=target,
+        revision=read.revision,
+        hf_config=read.hf_config,
+        ignore_config_fields=read.ignore_config_field or (),
+    )
 
 
 def refuse(model: Model, wanted: str, other_verb: str) -> None:
@@ -84,6 +94,7 @@ def carry_out(plan: ConversionPlan, run: o.RunFlags, tell: o.TellFlags, start: f
     from ckptbridge import report
     from ckptbridge.converters.execute import execute
 
+    gc.freeze()  # the plan lives until the end: to search its millions of objects for cycles takes seconds
     first = plan.options.rank.rank == 0
     if run.dry_run:
         if not first:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptbridge import options as o
@@ -28,15 +29,14 @@ def inspect(path: o.Source, read: o.ReadFlags, tell: o.TellFlags) -> None:
     """
     from ckptbridge import report
     from ckptbridge.converters.errors import BadInputError
-    from ckptbridge.converters.hub import local_folder
     from ckptbridge.verbs.convert import opened
 
     try:
-        model = opened(path, read)
+        model = opened(path, read, "headers")
     except BadInputError:
-        if not tell.silent:
+        if not tell.silent and Path(path).exists():
             with suppress(BadInputError):  # the first error says what is wrong
-                _show_as_stored(local_folder(path, read.revision))
+                _show_as_stored(Path(path))
         raise
     if tell.as_json:
         report.print_json(description(model))
@@ -49,9 +49,7 @@ def description(model: Model) -> dict[str, Any]:
     from ckptbridge.converters.model import count_parameters
 
     total, active = count_parameters(model.tensors, model.config)
-    nbytes: Counter[str] = Counter()
-    for tensor in model.tensors.values():
-        nbytes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    nbytes, stored = _nbytes_by_dtype(model.tensors.values()), _nbytes_by_dtype(model.sources.values())
     return {
         "path": str(model.path),
         "format": model.format,
@@ -62,7 +60,8 @@ def description(model: Model) -> dict[str, Any]:
         "parameters": total,
         "active_parameters": active,
         "nbytes": sum(nbytes.values()),
-        "nbytes_by_dtype": dict(nbytes),
+        "nbytes_by_dtype": nbytes,
+        "stored_nbytes_by_dtype": stored,
         "config": asdict(model.config),
         "layout": _saved_layout(model),
         "optimizer": list(model.saved.states()) if model.saved else [],
@@ -72,6 +71,13 @@ def description(model: Model) -> dict[str, Any]:
         ],
         "notes": list(model.notes),
     }
+
+
+def _nbytes_by_dtype(tensors: Iterable[LazyTensor]) -> dict[str, int]:
+    nbytes: Counter[str] = Counter()
+    for tensor in tensors:
+        nbytes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return dict(nbytes)
 
 
 def _saved_layout(model: Model) -> dict[str, int] | None:
@@ -132,10 +138,15 @@ def _show(model: Model) -> None:
         else ""
     )
     report.out.print(f"[bold]{info['path']}[/]: {info['architecture']} as {info['format']}, complete", soft_wrap=True)
+    dtypes = [
+        ", ".join(f"{dtype}: {report.size(n)}" for dtype, n in info[which].items())
+        for which in ("nbytes_by_dtype", "stored_nbytes_by_dtype")
+    ]
     report.out.print(
         f"{report.count(info['parameters'])} parameters ({report.count(info['active_parameters'])} active), "
-        f"{report.size(info['nbytes'])}, "
-        + ", ".join(f"{dtype}: {report.size(n)}" for dtype, n in info["nbytes_by_dtype"].items())
+        f"{report.size(info['nbytes'])}, {dtypes[0]}"
+        + (f"; in the files {dtypes[1]}" if model.format == "hf" and dtypes[0] != dtypes[1] else ""),
+        soft_wrap=True,
     )
     report.out.print(
         f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads in "

@@ -1,0 +1,155 @@
+"""Seconds and peak memory of `ckptbridge plan` for a model of the size and shape of DeepSeek-V3 (671B).
+
+    python benchmarks/plan.py
+    python benchmarks/plan.py --write
+
+The source is what a Hub id gives before any shard is fetched: config.json and an index of 45,395 tensors in 163 files.
+The sizes are DeepSeek-V3's (hidden 7168, 61 layers, the first 3 dense, 256 experts of width 2048 and a shared one,
+vocabulary 129280, 128 heads) in the form of Qwen2-MoE, whose attention has no latent: heads of width 96 in 8 groups
+bring it to 671.0 billion parameters. Each command is a whole process, Python's start included; its output goes to a
+file. Processor seconds are printed too: other work on the machine lengthens the wall time, and them less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from math import prod
+from pathlib import Path
+
+import torch
+
+from ckptbridge import __version__
+from ckptbridge.converters.fields import read_config
+from ckptbridge.converters.registry import family_named
+
+RESULTS = Path(__file__).parent / "results"
+SHARDS = 163
+UNEVEN = "--decoder-first-pipeline-num-layers 3 --decoder-last-pipeline-num-layers 2"
+LAYOUTS = ("--tp 1 --pp 1 --ep 1", f"--tp 8 --pp 16 --ep 8 {UNEVEN}", f"--tp 8 --pp 16 --ep 64 --etp 1 {UNEVEN}")
+"""61 layers do not split over 16 stages: the first has 3, the last 2, the others 4."""
+
+CONFIG = {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "dtype": "bfloat16",
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 8,
+    "head_dim": 96,
+    "intermediate_size": 18432,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "shared_expert_intermediate_size": 2048,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [0, 1, 2],
+    "norm_topk_prob": True,
+    "vocab_size": 129280,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+def write_announcement(folder: Path) -> tuple[int, int]:
+    """config.json and the index of a folder without shards. Returns (parameters, tensors)."""
+    family = family_named("qwen2_moe")
+    config = read_config(family.fields, CONFIG, "config.json", ())
+    sizes = {n: prod(s) for move in family.moves(config) for n, s in zip(move.hf, move.hf_shapes, strict=True)}
+    total, at = sum(sizes.values()), 0
+    weight_map: dict[str, str] = {}
+    for name, size in sizes.items():
+        weight_map[name] = f"model-{1 + at * SHARDS // total:05d}-of-{SHARDS:05d}.safetensors"
+        at += size
+    index = {"metadata": {"total_size": 2 * total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return total, len(sizes)
+
+
+_MEASURE = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[2:], stdout=open(sys.argv[1], "wb"), stderr=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+seconds, processor = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+print(json.dumps([seconds, processor, usage.ru_maxrss / 2**20, status]))
+"""
+"""A small process of its own starts the command: a child's peak begins at its parent's size."""
+
+
+def measure(command: list[str], output: Path) -> tuple[float, float, float]:
+    """(wall seconds, processor seconds, peak resident GiB) of one command, its output in a file. Raises if it fails."""
+    small = [sys.executable, "-S", "-E", "-c", _MEASURE, str(output), *command]
+    seconds, processor, peak, status = json.loads(subprocess.run(small, stdout=subprocess.PIPE, check=True).stdout)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed with status {status}")
+    return seconds, processor, peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, help="each one word, e.g. '--tp 8 --ep 8'")
+    parser.add_argument("--write", action="store_true", help=f"write the result into {RESULTS.name}/")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        result = run(options, Path(work))
+    if options.write:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "plan-671b.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run(options: argparse.Namespace, work: Path) -> dict[str, object]:
+    source = work / "hf"
+    source.mkdir()
+    parameters, tensors = write_announcement(source)
+    index_nbytes = (source / "model.safetensors.index.json").stat().st_size
+    print(f"{parameters / 1e9:.1f}B parameters, {tensors} tensors in {SHARDS} files, index {index_nbytes / 1e6:.1f} MB")
+    print(f"{'':<26}{'median s':>9}{'min':>7}{'max':>7}{'CPU s':>7}{'peak GiB':>10}{'output MB':>11}")
+    rows: dict[str, object] = {}
+    for layout in options.layouts:
+        for flag in ("", "--json"):
+            words = [*layout.split(), *([flag] if flag else [])]
+            command = [sys.executable, "-m", "ckptbridge", "plan", "hf2mcore", str(source), str(work / "dst"), *words]
+            taken = [measure(command, work / "output") for _ in range(options.runs)]
+            seconds, processor, peaks = (list(column) for column in zip(*taken, strict=True))
+            printed = (work / "output").stat().st_size
+            print(
+                f"{' '.join([*words[:6], flag]):<26}{statistics.median(seconds):>9.2f}{min(seconds):>7.2f}"
+                f"{max(seconds):>7.2f}{min(processor):>7.2f}{max(peaks):>10.2f}{printed / 1e6:>11.1f}"
+            )
+            rows[" ".join(words)] = {
+                "seconds": seconds,
+                "median_s": statistics.median(seconds),
+                "processor_s": processor,
+                "peak_gib": max(peaks),
+                "output_nbytes": printed,
+            }
+    return {
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "ckptbridge": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "command": " ".join(["python", "benchmarks/plan.py", *sys.argv[1:]]),
+        "parameters": parameters,
+        "tensors": tensors,
+        "index_nbytes": index_nbytes,
+        "runs": rows,
+    }
+
+
+if __name__ == "__main__":
+    main()
