@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from ckptbridge.converters.convert import GIGABYTE, config_json
-from ckptbridge.converters.copying import Copier, sync_folder, take_name, write_file
+from ckptbridge.converters.copying import Copier
+from ckptbridge.converters.disk import sync_folder, take_name, write_file
 from ckptbridge.converters.errors import BadInputError, StorageError
 from ckptbridge.converters.mapping import Move, check_names_and_shapes
 from ckptbridge.converters.mcore.keys import decoder_name
