@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ckptbridge.converters.convert import ConvertOptions, plan_conversion
-from ckptbridge.converters.errors import BadInputError, NotSupportedError
+from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.execute import execute, partial_folder
 from ckptbridge.converters.model import open_model
 from ckptbridge.converters.parallel_layout import ParallelLayout
@@ -154,7 +154,7 @@ def test_folders_that_hold_no_checkpoint_are_refused(tmp_path: Path) -> None:
         "file": ("file", "a file"),
         "empty": ("empty", "no checkpoint"),
         "begun.partial": ("begun.partial", "--resume"),
-        "legacy": ("mp_rank", "not supported"),
+        "legacy": ("mp_rank_00/model_optim_rng.pt", "missing"),
         "tracked": ("iter_0000007", "missing"),
     }.items():
         path = tmp_path / name
@@ -206,10 +206,3 @@ def test_rotary_frequencies_of_old_files_are_left_out(tiny_folder: TinyFolders, 
     edit_tensors(folder, lambda held: held.update({"model.layers.9.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     with pytest.raises(BadInputError, match=r"layers\.9\."):
         open_model(folder)
-
-
-def test_the_legacy_format_is_known_and_not_supported(tmp_path: Path) -> None:
-    (tmp_path / "iter_0000001" / "mp_rank_00").mkdir(parents=True)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
-    with pytest.raises(NotSupportedError, match="legacy"):
-        open_model(tmp_path)
