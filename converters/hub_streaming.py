@@ -99,8 +99,8 @@ class Streaming:
         """
         known = self.shards.progress.begin()
         steps = steps_of(files, known)
-        self._check_space(steps)
         drafts = [LastingDraft(self.copier.folder, file, known.get(file.name, {})) for file in files]
+        self._check_space(steps, drafts)
         self.copier.advance(sum(p.tensor.nbytes for d in drafts for p in d.file.pieces if p.name in d.crcs))
         self._finish([draft for draft in drafts if draft.is_filled])
         names = self._names_by_shard()
@@ -149,11 +149,13 @@ class Streaming:
                 names.setdefault(tensor.path.name, []).append(name)
         return names
 
-    def _check_space(self, steps: Sequence[Step]) -> None:
+    def _check_space(self, steps: Sequence[Step], drafts: Sequence[LastingDraft]) -> None:
         """Raises StorageError when the disk cannot hold the shards beside the output, before any is fetched."""
+        unreserved = sum(max(0, draft.file.size - draft.path.stat().st_blocks * 512) for draft in drafts)
         sizes = {name: self.shards.nbytes(name) for step in steps for name in step.needs}
         count, most = held_at_most(steps, sizes, AHEAD)
-        need, free = most - self.shards.keep_only(sizes), shutil.disk_usage(self.copier.folder).free
+        need = unreserved + most - self.shards.keep_only(sizes)
+        free = shutil.disk_usage(self.copier.folder).free
         if need > free:
             raise StorageError(
                 f"{self.copier.folder}: the disk has {free / 1e9:.2f} GB free; up to {count} shards of the model lie "

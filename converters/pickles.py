@@ -75,14 +75,20 @@ _LONGEST_TOLD = 300
 """Characters of a name or a reason that an error repeats."""
 
 _INERT_PREFIXES = ("megatron.", "transformer_engine.")
-_INERT_NAMES = {"signal.Signals", "enum.Enum", "torch.nn.functional.silu", "torch.nn.functional.gelu"}
-_INERT_NAMES |= {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter"}
-_INERT_NAMES |= {"numpy.ndarray", "numpy.dtype", "_io.BytesIO"}  # random states, Transformer Engine's fp8 scales
-_INERT_NAMES |= {  # Megatron keeps the plan of the save that wrote the folder
-    f"torch.distributed.checkpoint.planner.{name}"
-    for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
-}
-_INERT_NAMES |= {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
+_INERT_NAMES = frozenset(
+    (
+        *("signal.Signals", "enum.Enum", "torch.nn.functional.silu", "torch.nn.functional.gelu"),
+        *("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter"),
+        # Random states, and Transformer Engine's fp8 scales.
+        *("numpy.ndarray", "numpy.dtype", "_io.BytesIO"),
+        *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+        # Megatron keeps the plan of the save that wrote the folder.
+        *(
+            f"torch.distributed.checkpoint.planner.{name}"
+            for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
+        ),
+    )
+)
 
 
 def _rebuild_tensor(storage: Any, offset: int, shape: Any, stride: Any, *_: Any) -> TensorRef:

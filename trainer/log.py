@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ckptbridge.converters.copying import write_file
+from ckptbridge.converters.disk import write_file
 from ckptbridge.trainer.step import BatchResult
 
 

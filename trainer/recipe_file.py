@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ckptbridge.converters.copying import write_file
+from ckptbridge.converters.disk import write_file
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.trainer.recipe import Recipe
 

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ckptbridge.converters.copying import write_file
+from ckptbridge.converters.disk import write_file
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.trainer.documents import Documents, document_key
 

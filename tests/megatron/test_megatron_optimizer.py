@@ -23,100 +23,13 @@ from ckptbridge.converters.output import Piece
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.converters.receipt import read_receipt
 from ckptbridge.converters.recheck import recheck
-from ckptbridge.converters.reshard import OptimizerFormat, plan_reshard
+from ckptbridge.converters.reshard import plan_reshard
 from tests.conftest import TinyFolders
 from tests.megatron.hf_to_megatron import megatron_kwargs
-from tests.megatron.launch import Layout
+from tests.megatron.optimizer_cases import IN_CHUNKS, RESHARDS, SOURCES, Reshard, Source
 from tests.megatron.training_launch import Resuming, Trained, Training, launch_training
 
 pytestmark = [pytest.mark.mcore, pytest.mark.xdist_group("megatron_optimizer")]
-
-BUCKET = 9000
-"""Elements: several buckets on a rank, and padding between them, for q and k norms are 16 wide."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """A run that is saved. In fp32 the weights are the main weights."""
-
-    model: str
-    layout: Layout
-    distributed: bool
-    dtype: str = "bfloat16"
-    bucket_size: int | None = None
-
-
-SOURCES: dict[str, Source] = {
-    "dense": Source(model="llama", layout=Layout(tp=2), distributed=True),
-    "dense plain": Source(model="llama", layout=Layout(tp=2, pp=2), distributed=False),
-    "dense fp32": Source(model="qwen3", layout=Layout(tp=2), distributed=True, dtype="float32"),
-    "dense fp32 plain": Source(model="qwen2_tied", layout=Layout(pp=2), distributed=False, dtype="float32"),
-    "tied": Source(model="llama_tied", layout=Layout(pp=2), distributed=True, bucket_size=20000),
-    "moe": Source(model="qwen2_moe", layout=Layout(tp=2, ep=2, etp=2), distributed=True),
-    "moe plain": Source(model="qwen3_moe_dense_first", layout=Layout(ep=2), distributed=False),
-    "moe buckets": Source(model="qwen3_moe", layout=Layout(tp=2, ep=2), distributed=True, bucket_size=BUCKET),
-    "moe fp32": Source(model="qwen3_moe", layout=Layout(ep=2), distributed=True, dtype="float32"),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reshard:
-    """A checkpoint of a source, and what is made of it."""
-
-    source: str
-    read: str
-    written: str
-    layout: Layout
-    optimizer: OptimizerFormat = "keep"
-    distributed: bool | None = None
-    """The optimizer that loads it; None: the source's kind."""
-    bucket_size: int | None = None
-    per_layer_keys: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.source}: {self.read} to {self.written} {self.layout}, {self.optimizer}".replace(", keep", "")
-
-
-RESHARDS = (
-    Reshard(source="dense", read="torch_dist", written="torch_dist", layout=Layout(pp=2)),
-    Reshard(source="dense", read="torch_dist", written="torch_dist", layout=Layout(tp=4), per_layer_keys=True),
-    Reshard(source="dense", read="torch_dist", written="torch", layout=Layout(pp=2)),
-    Reshard(source="dense", read="torch", written="torch_dist", layout=Layout()),
-    Reshard(source="dense plain", read="torch_dist", written="torch_dist", layout=Layout(tp=2)),
-    Reshard(source="dense plain", read="torch", written="torch", layout=Layout(pp=2)),
-    Reshard(source="dense fp32", read="torch_dist", written="torch_dist", layout=Layout(tp=2, pp=2)),
-    Reshard(source="dense fp32", read="torch", written="torch", layout=Layout()),
-    Reshard(source="dense fp32", read="torch", written="torch", layout=Layout(), optimizer="plain", distributed=False),
-    Reshard(source="dense fp32 plain", read="torch_dist", written="torch", layout=Layout(tp=2)),
-    Reshard(
-        source="dense fp32 plain",
-        read="torch",
-        written="torch_dist",
-        layout=Layout(),
-        optimizer="fully_reshardable",
-        distributed=True,
-    ),
-    Reshard(source="tied", read="torch", written="torch", layout=Layout(tp=2, pp=2), bucket_size=20000),
-    Reshard(source="tied", read="torch", written="torch_dist", layout=Layout()),
-    Reshard(source="moe", read="torch_dist", written="torch_dist", layout=Layout(pp=2, ep=2)),
-    Reshard(source="moe", read="torch", written="torch", layout=Layout(tp=2, pp=2)),
-    Reshard(
-        source="moe", read="torch_dist", written="torch", layout=Layout(ep=4), optimizer="plain", distributed=False
-    ),
-    Reshard(source="moe plain", read="torch", written="torch", layout=Layout(tp=2, ep=2, etp=2)),
-    Reshard(
-        source="moe plain",
-        read="torch_dist",
-        written="torch",
-        layout=Layout(pp=2, ep=2),
-        optimizer="distributed",
-        distributed=True,
-    ),
-    Reshard(source="moe buckets", read="torch", written="torch", layout=Layout(tp=2, pp=2, ep=2), bucket_size=BUCKET),
-    Reshard(source="moe buckets", read="torch", written="torch_dist", layout=Layout(tp=2, ep=2)),
-    Reshard(source="moe fp32", read="torch_dist", written="torch", layout=Layout(ep=4)),
-    Reshard(source="moe fp32", read="torch", written="torch_dist", layout=Layout(pp=2)),
-)
 
 
 def _swap(one: str, other: str) -> Callable[[ConversionPlan], None]:
@@ -235,8 +148,9 @@ def everything(tiny_folder: TinyFolders, tmp_path_factory: pytest.TempPathFactor
     ]
     saved = dict(zip(SOURCES, launch_training(runs), strict=True))
     configs = dict(zip(SOURCES, (run.config for run in runs), strict=True))
-    plans = [_carry_out(case, folders[case.source, case.read], root / f"out{n}") for n, case in enumerate(RESHARDS)]
-    resumings = [_resuming(case, plan.target, configs) for case, plan in zip(RESHARDS, plans, strict=True)]
+    cases = (*RESHARDS, *IN_CHUNKS)
+    plans = [_carry_out(case, folders[case.source, case.read], root / f"out{n}") for n, case in enumerate(cases)]
+    resumings = [_resuming(case, plan.target, configs) for case, plan in zip(cases, plans, strict=True)]
     for name, fault in FAULTS.items():
         spoiled = root / name
         shutil.copytree(plans[fault.reshard].target, spoiled)
@@ -275,6 +189,7 @@ def _resuming(case: Reshard, folder: Path, configs: dict[str, dict[str, object]]
         ckpt_format=case.written,  # type: ignore[arg-type]
         dtype=source.dtype,  # type: ignore[arg-type]
         bucket_size=case.bucket_size,
+        in_chunks=case.vpp > 1,
     )
 
 
@@ -285,7 +200,7 @@ def _carry_out(case: Reshard, source: Path, target: Path) -> ConversionPlan:
         target,
         case.written,  # type: ignore[arg-type]
         ConvertOptions(
-            layout=ParallelLayout(tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=layout.etp),
+            layout=ParallelLayout(tp=layout.tp, pp=layout.pp, vpp=case.vpp, ep=layout.ep, etp=layout.etp),
             max_file_size=200_000,
             per_layer_keys=case.per_layer_keys,
             legacy_names="local",
@@ -337,6 +252,12 @@ def test_the_next_step_is_that_of_the_unbroken_run(
         assert largest <= MAIN_WEIGHT
         moved = max((t - saved.held["param"][k]).abs().max().item() for k, t in saved.after["param"].items())
         assert moved > 100 * MAIN_WEIGHT  # the step itself is far larger than what is forgiven
+
+
+@pytest.mark.parametrize("number", range(len(IN_CHUNKS)), ids=[str(case) for case in IN_CHUNKS])
+def test_model_chunks_hold_everything_again(everything: Everything, number: int) -> None:
+    saved, loaded = everything.saved[IN_CHUNKS[number].source], everything.resharded[len(RESHARDS) + number].trained
+    assert _differing(saved, loaded) == []
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -50,6 +50,8 @@ class Resuming:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     bucket_size: int | None = None
     third_step: bool = True
+    in_chunks: bool = False
+    """Into two model chunks a rank (virtual pipeline parallelism), from `torch`, in bf16; no step is taken then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +72,8 @@ def launch_training(cases: Sequence[Training | Resuming]) -> list[Trained]:
     check_fetched()
     with tempfile.TemporaryDirectory() as name:
         files = [_described(case, Path(name) / f"{number}.json") for number, case in enumerate(cases)]
-        ordered = sorted(files, key=lambda case: str(case["layout"]))  # cases that share a layout follow each other
+        # Cases that share a layout follow each other; those in chunks come last, with process groups of their own.
+        ordered = sorted(files, key=lambda case: (case["verb"] == "hold", str(case["layout"])))
         _run(ordered, Path(name))
         return [_read(case) for case in files]
 
@@ -91,7 +94,7 @@ def _described(case: Training | Resuming, out: Path) -> dict[str, Any]:
             "saves": {name: str(path) for name, path in case.saves.items()},
         }
     told = {"folder": str(case.folder), "format": case.ckpt_format, "third_step": case.third_step}
-    return described | {"verb": "resume"} | told
+    return described | {"verb": "hold" if case.in_chunks else "resume"} | told
 
 
 def _read(case: dict[str, Any]) -> Trained:

@@ -29,6 +29,7 @@ def run_rank(rank: int, job: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
     import training
+    import virtual_pipeline
 
     from ckptbridge.trainer.megatron import on_cpu
 
@@ -49,7 +50,8 @@ def run_rank(rank: int, job: dict[str, Any]) -> None:
     with Trainable():
         for case in job["cases"]:
             start = time.monotonic()
-            result = {"train": training.train, "resume": training.resume}[case["verb"]](case)
+            verbs = {"train": training.train, "resume": training.resume, "hold": virtual_pipeline.hold}
+            result = verbs[case["verb"]](case)
             if rank == 0:
                 result["seconds"] = time.monotonic() - start
                 Path(case["out"]).write_text(json.dumps(result))
