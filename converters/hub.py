@@ -67,8 +67,8 @@ def open_source(
     shards = _shard_names(repository)
     if not all(name.endswith(".safetensors") for name in shards) or _are_cached(repository, shards):
         return open_model(local_folder(source, revision), ignore_config_fields=ignore)
-    if need == "plan" and INDEX in repository.files and tells_dtype(read_json(repository.small_file("config.json"))):
-        folder = repository.small_file(INDEX).parent
+    if need == "plan" and INDEX in repository.files and tells_dtype(read_json(repository.cached_file("config.json"))):
+        folder = repository.cached_file(INDEX).parent
         announced = open_announced(folder, ignore_config_fields=ignore, assets=_assets(repository, fetched=False))
         return _with_bound(_named(repository, announced, ignore), repository)
     model = _streamed(repository, shards, target if need == "stream" else None, ignore)
@@ -98,7 +98,7 @@ def _streamed(repository: HubRepository, shards: list[str], target: Path | None,
 
     coming = HubShards(repository, target.resolve(), this_rank().rank) if target else None
     tensors = dict(_described(repository, shards, coming.folder if coming else Path(repository.origin)))
-    config = read_json(repository.small_file("config.json"))
+    config = read_json(repository.cached_file("config.json"))
     notes: tuple[str, ...] = ()
     if config.get("tie_word_embeddings") and {"lm_head.weight", "model.embed_tokens.weight"} <= tensors.keys():
         if coming is None:
@@ -107,7 +107,8 @@ def _streamed(repository: HubRepository, shards: list[str], target: Path | None,
         else:
             _fetch_both_ends(coming, tensors)
     if coming is None:
-        tensors = {name: Announced(Path(repository.origin), t.shape, t.dtype) for name, t in tensors.items()}
+        stored = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Stored)}
+        tensors = {name: Announced(tensor.path, tensor.shape, tensor.dtype) for name, tensor in stored.items()}
     assets = _assets(repository, fetched=coming is not None)
     folder = HfFolder(Path(repository.origin), config, tensors, assets, notes)
     try:
@@ -138,7 +139,7 @@ def _named(
     model = model_of_folder(replace(folder, path=Path(repository.origin)), ignore)
     return replace(
         model,
-        hf_config_file=repository.small_file("config.json") if model.hf_config_file else None,
+        hf_config_file=repository.cached_file("config.json") if model.hf_config_file else None,
         derivation=f"fetched from the Hub: {repository.origin}",
         remote=shards,
     )
@@ -162,14 +163,14 @@ def _described(repository: HubRepository, shards: list[str], folder: Path) -> Ch
     if INDEX not in repository.files:
         return headers[SINGLE]
     index = folder / INDEX
-    return by_index(index, read_index(repository.small_file(INDEX)), headers)
+    return by_index(index, read_index(repository.cached_file(INDEX)), headers)
 
 
 def _shard_names(repository: HubRepository) -> list[str]:
     """The files that hold the weights: safetensors, or pickles where there are no others. Raises BadInputError."""
     for index, single in ((INDEX, SINGLE), (PICKLE_INDEX, PICKLE)):
         if index in repository.files:
-            names = sorted(set(read_index(repository.small_file(index)).values()))
+            names = sorted(set(read_index(repository.cached_file(index)).values()))
             if missing := [name for name in names if name not in repository.files]:
                 raise BadInputError(
                     f"{repository.origin}/{index}: {len(missing)} files that it names are not there, first {missing[0]}"
@@ -186,7 +187,7 @@ def _shard_names(repository: HubRepository) -> list[str]:
 def _assets(repository: HubRepository, *, fetched: bool) -> tuple[Path, ...]:
     """The tokenizer and generation files, or for a plan their names alone."""
     names = [name for name in ASSET_NAMES if name in repository.files]
-    return tuple(repository.small_file(name) if fetched else Path(repository.origin) / name for name in names)
+    return tuple(repository.cached_file(name) if fetched else Path(repository.origin) / name for name in names)
 
 
 def _are_cached(repository: HubRepository, names: list[str]) -> bool:
@@ -209,14 +210,15 @@ def local_folder(source: str, revision: str | None = None) -> Path:
 
     from ckptbridge.converters.hub_repository import find_repository, told
 
-    wanted: list[str] | None = None
-    if not _is_offline():
-        repository = find_repository(source, revision)
-        revision = repository.commit
-        wanted = ["config.json", INDEX, PICKLE_INDEX, *_shard_names(repository), *ASSET_NAMES]
     try:
-        with told(source, revision):
-            return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+        if _is_offline():
+            with told(source, revision):
+                return Path(snapshot_download(source, revision=revision))
+        repository = find_repository(source, revision)
+        names = ["config.json", INDEX, PICKLE_INDEX, *_shard_names(repository), *ASSET_NAMES]
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            files = list(pool.map(repository.cached_file, [name for name in names if name in repository.files]))
+        return files[0].parent
     except OSError as error:
         raise StorageError(f"{source}: the download failed: {error}; run again to continue it") from error
 

@@ -77,8 +77,8 @@ class HubRepository:
         """The model and its commit, for receipts and messages."""
         return f"{self.id}@{self.commit}"
 
-    def small_file(self, name: str) -> Path:
-        """A file of a few megabytes, in huggingface_hub's own cache."""
+    def cached_file(self, name: str) -> Path:
+        """A file in huggingface_hub's own cache, downloaded by it unless it is there."""
         with told(self.id, self.commit):
             return Path(hf_hub_download(self.id, name, revision=self.commit))
 

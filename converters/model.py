@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ckptbridge.converters.blocks import digest_of
-from ckptbridge.converters.errors import BadInputError, NotSupportedError
+from ckptbridge.converters.errors import BadInputError, NotSupportedError, told
 from ckptbridge.converters.fields import read_config, write_config
 from ckptbridge.converters.formats import Format, MegatronFormat, detect_format, open_megatron
 from ckptbridge.converters.fp8_folder import dequantised
@@ -29,6 +29,7 @@ from ckptbridge.converters.tensors import Checkpoint, Computed, LazyTensor, Stor
 if TYPE_CHECKING:
     from ckptbridge.converters.hub_shards import HubShards
 
+_MOST_ITERATIONS = 10**9
 HF_SIDE_FOLDER = "hf"
 """Beside the weights of a Megatron checkpoint: config.json and tokenizer, also for --tokenizer-model."""
 
@@ -167,6 +168,8 @@ def _open_megatron(path: Path, found: MegatronFormat, hf_config: Path | None, ig
     if hf_file is None:
         raw["dtype"] = str(dtype).removeprefix("torch.")
     iteration = folder.common.get("iteration", 0)
+    if isinstance(iteration, int) and not 0 <= iteration < _MOST_ITERATIONS:
+        raise BadInputError(f"{where}: its iteration is {told(iteration)}, which no folder is named after")
     return Model(
         path=path,
         format=found,

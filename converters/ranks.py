@@ -12,6 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -100,7 +101,8 @@ class Fellows:
         self._left.set()
         self._thread.join()
         if error is not None:
-            self._tell(failed=f"{type(error).__name__}: {error}")
+            with suppress(OSError):  # the disk may be what failed: the others then see that this rank is silent
+                self._tell(failed=f"{type(error).__name__}: {error}")
 
     def gather(self) -> None:
         """Rank 0: wait until every rank of this run is there."""
@@ -186,7 +188,8 @@ class Fellows:
 
     def _beat(self) -> None:
         while not self._left.wait(min(2.0, self.me.patience / 8)):
-            self._tell(beat=self._state["beat"] + 1)
+            with suppress(OSError):
+                self._tell(beat=self._state["beat"] + 1)
 
     def _tell(self, **changes: Any) -> None:
         with self._lock:

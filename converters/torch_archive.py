@@ -289,14 +289,15 @@ def _directory(path: Path, offset: int, length: int, where: str) -> dict[str, tu
         method, packed, size, name_len, extra_len, note_len, start = struct.unpack_from(
             "<10xH8xIIHHH8xI", central, cursor
         )
-        name = central[cursor + 46 : cursor + 46 + name_len].decode(errors="replace")
+        raw_name = central[cursor + 46 : cursor + 46 + name_len]
+        name = raw_name.decode(errors="replace")
         extra = central[cursor + 46 + name_len : cursor + 46 + name_len + extra_len]
         packed, size, start = _widen(extra, packed, size, start)
         if method or packed != size:
             raise BadInputError(f"{where}: entry {name} is compressed, which torch never does")
-        head = _read(path, offset + _within(start, 30, length, where), 30)
-        signature, local_name, local_extra = struct.unpack("<I22xHH", head)
-        if signature != _LOCAL:
+        head = _read(path, offset + _within(start, 30 + name_len, length, where), 30 + name_len)
+        signature, local_name, local_extra = struct.unpack_from("<I22xHH", head)
+        if signature != _LOCAL or local_name != name_len or head[30:] != raw_name:
             raise BadInputError(f"{where}: entry {name} does not begin where the directory says")
         entries[name] = (offset + _within(start + 30 + local_name + local_extra, size, length, where), size)
         cursor += 46 + name_len + extra_len + note_len

@@ -69,7 +69,7 @@ def mutate_metadata(metadata: Metadata, rng: random.Random) -> str:
         offsets, sizes = chunk.offsets, chunk.sizes
         if how == 0:
             offsets = _shifted(tuple(offsets), rng)
-            if rng.random() < 0.5 and _hashable(offsets):
+            if rng.random() < 0.5 and all(type(n) is int and abs(n) < 2**63 for n in offsets):
                 metadata.storage_data[MetadataIndex(key, offsets)] = info
         else:
             sizes = _shifted(tuple(sizes), rng)
@@ -118,14 +118,6 @@ def mutate_metadata(metadata: Metadata, rng: random.Random) -> str:
         return "entry of another kind"
     setattr(metadata, rng.choice(("state_dict_metadata", "storage_data", "version")), rng.choice(ODD_VALUES))
     return "metadata of another kind"
-
-
-def _hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
 
 
 def mutate_blob(files: dict[str, bytes], rng: random.Random) -> tuple[str, dict[str, bytes]]:
@@ -211,7 +203,14 @@ def _mutate_model(state: dict[str, Any], rng: random.Random) -> str:
     elif how == 3 and isinstance(value, torch.Tensor):
         flat = value.reshape(-1)
         model[key] = rng.choice(
-            (flat, flat[:-1], value.T, value[..., :-1], value.unsqueeze(0), value.expand(2, *value.shape))
+            (
+                flat,
+                flat[:-1],
+                value.mT if value.ndim > 1 else flat[:0],
+                value[..., :-1],
+                value.unsqueeze(0),
+                value.expand(2, *value.shape),
+            )
         )
     elif how == 4 and isinstance(value, torch.Tensor):
         model[key] = value.to(rng.choice((torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.complex64)))

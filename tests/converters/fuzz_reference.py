@@ -42,7 +42,7 @@ def differences(model: Model, folder: Path, read: Path, found: Tensors, config: 
         return difference(expected, found)
     where = read / model.saved.path.relative_to(folder) if model.saved else read
     if model.format == "torch":
-        return _legacy_difference(where, found, config)
+        return _legacy_difference(where, model.family.name, found, config)
     expected = _distributed(where, config["vocab_size"])
     if model.format == "fsdp_dtensor":
         return difference(expected, as_fsdp(found, config))
@@ -188,9 +188,9 @@ LEGACY_RANKS = {
 """How the legacy sources of the fuzzer are dealt, and the names of their modules."""
 
 
-def _legacy_difference(folder: Path, found: Tensors, config: Mapping[str, Any]) -> str:
+def _legacy_difference(folder: Path, family: str, found: Tensors, config: Mapping[str, Any]) -> str:
     with_optimizer = " with an optimizer" if (folder / "mp_rank_01").exists() else ""
-    ranks, names = LEGACY_RANKS[config["model_type"] + with_optimizer]
+    ranks, names = LEGACY_RANKS[family + with_optimizer]
     vocab_size, lost, seen = config["vocab_size"], set[str](), set[str]()
     for name, models in rank_models(found, config, ranks, names).items():
         file = folder / name / "model_optim_rng.pt"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tests.converters.fuzz_archives import archive_boundaries, entries, saved_with_pickle, zipped
+from tests.converters.fuzz_archives import archive_boundaries, entries, records, saved_with_pickle, zipped
 from tests.converters.fuzz_bytes import safetensors_boundaries
 from tests.converters.fuzz_metadata import metadata_of
 from tests.converters.fuzz_sources import Source
@@ -105,6 +105,18 @@ def bombs(source: Source) -> Iterator[Spoiled]:
         for told, made in (("compressed", held), ("a zip bomb", huge)):
             yield Spoiled(f"{name} {told}", name, {name: zipped(made, zipfile.ZIP_DEFLATED)}, ("compressed",))
         yield Spoiled(f"{name} without data.pkl", name, {name: zipped([e for e in held if "data.pkl" not in e[0]])})
+        stored = [i for i, (entry, _) in enumerate(held) if "/data/" in entry]
+        if stored:
+            longer = [(entry, body + b"x" if i == stored[0] else body) for i, (entry, body) in enumerate(held)]
+            yield Spoiled(f"{name} with a storage too long", name, {name: zipped(longer)}, ("elements",))
+            one, other = (records(source.files[name])["central"][i] for i in stored[:2])
+            swapped = bytearray(source.files[name])
+            swapped[one + 42 : one + 46], swapped[other + 42 : other + 46] = (
+                swapped[other + 42 : other + 46],
+                swapped[one + 42 : one + 46],
+            )
+            words = ("does not begin where the directory says",)
+            yield Spoiled(f"{name} whose entries change places", name, {name: bytes(swapped)}, words)
         big = [(entry, b"big" if entry.endswith("byteorder") else body) for entry, body in held]
         yield Spoiled(f"{name} of another byte order", name, {name: zipped(big)}, ("little-endian",))
     if any(name.endswith(".distcp") for name in source.files):

@@ -82,9 +82,11 @@ def test_there_and_back_gives_the_bf16_files(name: str, workers: int, wide: Wide
         told = json.loads(config.read_text())
         assert "quantization_config" not in told
         assert told["dtype"] == "bfloat16"
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == torch.bfloat16
+    known = AutoConfig.from_pretrained(tmp_path / "back")
+    assert known.dtype == torch.bfloat16
+    assert not hasattr(known, "quantization_config")
 
 
 def test_the_same_files_come_of_fp8_and_of_what_it_means(wide: Wide, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from ckptbridge.converters.hf_folder import INDEX
 from tests.conftest import TinyFolders
-from tests.converters.hub_runs import HUB_ID, run
+from tests.converters.hub_runs import HUB_ID, run, start
 from tests.converters.hub_server import HubServer
 
 
@@ -35,6 +36,7 @@ def test_a_plan_needs_config_and_index_alone(source: Path, tmp_path: Path) -> No
     for key in ("files", "routes", "nbytes", "tensors_in", "tensors_out"):
         assert plan[key] == expected[key]
     assert sorted(plan["other_files"]) == sorted(expected["other_files"])
+    assert any(re.search(r"at most \d of \d lie beside the target", note) for note in plan["notes"])
     assert list(tmp_path.glob("out*")) == []
 
 
@@ -89,3 +91,22 @@ def test_a_hub_that_cannot_be_reached_is_told(source: Path, tmp_path: Path) -> N
     assert done.code == 4
     assert "the Hub cannot be reached" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_verb_that_needs_the_whole_model_leaves_it_in_the_cache_for_others(source: Path, tmp_path: Path) -> None:
+    shards = [shard.name for shard in source.glob("*.safetensors")]
+    shutil.copy(source / shards[0], source / "consolidated.safetensors")  # the same weights again, as some models have
+    with HubServer({HUB_ID: source}) as hub:
+        done = run(hub, tmp_path, "diff", HUB_ID, HUB_ID)
+        assert done.code == 0, done.stderr
+        assert hub.sent["consolidated.safetensors"] == 0
+        assert all(hub.sent[shard] == (source / shard).stat().st_size for shard in shards)
+        hub.sent.clear()
+        done = run(hub, tmp_path, "hf2mcore", HUB_ID, tmp_path / "mcore")
+        assert done.code == 0, done.stderr
+        assert not any(hub.sent[shard] for shard in shards)
+        hub.requests.clear()
+        process = start(hub, tmp_path, "hf2mcore", HUB_ID, tmp_path / "offline", HF_HUB_OFFLINE="1")
+        assert process.communicate(timeout=120) is not None
+        assert process.returncode == 0
+        assert hub.requests == []
