@@ -206,7 +206,7 @@ def local_folder(source: str, revision: str | None = None) -> Path:
     if path.exists():
         return path
     _check_id(source)
-    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
+    from huggingface_hub import hf_hub_download, snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
     from ckptbridge.converters.hub_repository import find_repository, told
 
@@ -218,6 +218,8 @@ def local_folder(source: str, revision: str | None = None) -> Path:
         names = ["config.json", INDEX, PICKLE_INDEX, *_shard_names(repository), *ASSET_NAMES]
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
             files = list(pool.map(repository.cached_file, [name for name in names if name in repository.files]))
+        with told(source, revision):  # by the revision's own name, so that it is found offline
+            hf_hub_download(source, files[0].name, revision=revision)
         return files[0].parent
     except OSError as error:
         raise StorageError(f"{source}: the download failed: {error}; run again to continue it") from error

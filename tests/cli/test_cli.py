@@ -94,7 +94,7 @@ def test_a_plan_writes_nothing_and_names_every_route(
 
 
 def test_plan_alone_says_how_it_is_used(run: Run) -> None:
-    assert "hf2mcore|mcore2hf|upcycle" in run("plan", check=2).stderr
+    assert "hf2mcore|mcore2hf|reshard|upcycle" in run("plan", check=2).stderr
 
 
 def test_verify_passes_and_fails_with_its_exit_code(run: Run, llama: Path, tmp_path: Path) -> None:
@@ -210,3 +210,33 @@ def test_a_checkpoint_of_an_unknown_architecture_is_shown_as_it_stands(run: Run,
     done = run("inspect", strange, check=3)
     assert "model.layers.{0...3}.mlp.gate_proj.weight" in done.stdout
     assert "StrangeForCausalLM" in done.stderr
+
+
+def test_reshard_gives_a_checkpoint_another_layout_and_format(run: Run, llama: Path, tmp_path: Path) -> None:
+    run("hf2mcore", llama, tmp_path / "legacy", "--format", "torch", "--tp", 2, "--module-names", "local")
+    assert (tmp_path / "legacy" / "release" / "mp_rank_01" / "model_optim_rng.pt").is_file()
+    planned = json.loads(run("plan", "reshard", tmp_path / "legacy", tmp_path / "x", "--pp", 2, "--json").stdout)
+    assert planned["source_format"] == "torch"
+    assert planned["target_format"] == "torch_dist"
+    run("reshard", tmp_path / "legacy", tmp_path / "again", "--pp", 2)
+    run("mcore2hf", tmp_path / "again", tmp_path / "back")
+    before, after = tensors_of(llama), tensors_of(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    run("reshard", llama, tmp_path / "no", check=3)
+    contradiction = run(
+        "reshard", tmp_path / "again", tmp_path / "no", "--no-optimizer", "--optimizer-format", "plain", check=2
+    )
+    assert "--no-optimizer" in contradiction.stderr
+
+
+def test_weights_that_are_not_finite_are_told_and_refused_when_asked(run: Run, llama: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(llama, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    refused = run("hf2mcore", broken, tmp_path / "no", "--check-finite", check=3)
+    assert "model.norm.weight" in refused.stderr
+    assert not (tmp_path / "no").exists()
+    told = run("hf2mcore", broken, tmp_path / "mcore")
+    assert "model.norm.weight" in told.stdout + told.stderr

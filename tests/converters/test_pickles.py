@@ -202,7 +202,13 @@ def test_a_pickle_cannot_change_the_classes_that_it_names(module: str, name: str
     data = b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"N}U\x07plantedK\x01s\x86b."
     with contextlib.suppress(BadInputError):
         read_pickle(data, "file")
-    shared = (argparse.Namespace, distributed_metadata.Metadata, Inert, pickles._rebuild_tensor, torch.serialization._get_layout)
+    shared = (
+        argparse.Namespace,
+        distributed_metadata.Metadata,
+        Inert,
+        pickles._rebuild_tensor,
+        torch.serialization._get_layout,
+    )
     changed = [value for value in shared if hasattr(value, "planted")]
     for value in changed:
         del value.planted
