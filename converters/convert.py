@@ -23,7 +23,7 @@ from ckptbridge.converters.hf_folder import INDEX, SINGLE
 from ckptbridge.converters.mapping import check_names_and_shapes, unpacked
 from ckptbridge.converters.mcore.args import megatron_notes
 from ckptbridge.converters.mcore.bridge_files import BRIDGE_NOTE, bridge_files
-from ckptbridge.converters.mcore.legacy_writer import LegacyWriter
+from ckptbridge.converters.mcore.legacy.writer import LegacyWriter
 from ckptbridge.converters.mcore.megatron_folder import MegatronPlan, MegatronWriter
 from ckptbridge.converters.mcore.torch_dist_reader import TRACKER
 from ckptbridge.converters.mcore.torch_dist_writer import TorchDistWriter
@@ -62,7 +62,7 @@ class ConvertOptions:
     rank: Rank = field(default_factory=Rank)
     """This process among those that share the conversion."""
     legacy_names: str = "te"
-    """Format torch: whose modules will load it (see mcore/legacy_names.py)."""
+    """Format torch: whose modules will load it (see mcore/legacy/names.py)."""
     for_bridge: bool = False
     """Also write what Megatron-Bridge looks for."""
 

@@ -19,7 +19,7 @@ from ckptbridge.converters.errors import BadInputError, StorageError
 from ckptbridge.converters.finishing import Finisher
 from ckptbridge.converters.hf_folder import INDEX, SINGLE
 from ckptbridge.converters.journal import FINISHED, Journal, Record, journal_file, journal_files, read_journal
-from ckptbridge.converters.mcore.legacy_replicas import check_replicas
+from ckptbridge.converters.mcore.legacy.replicas import check_replicas
 from ckptbridge.converters.mcore.torch_dist_reader import TRACKER
 from ckptbridge.converters.output import OutputFile
 from ckptbridge.converters.ranks import Fellows, split_by_nbytes
@@ -248,7 +248,7 @@ def _write_files(
         journal.add_file(file.name, digests, witness.digests(), witness.bad())
 
     if (remote := plan.source.remote) is not None:
-        from ckptbridge.converters.hub_streaming import Streaming
+        from ckptbridge.converters.hub.streaming import Streaming
 
         Streaming(shards=remote, copier=copier, journal=journal, done=note).write(files)
         return

@@ -8,7 +8,7 @@ from typing import Literal
 from ckptbridge.converters.disk import PARTIAL_SUFFIX
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.mcore.fsdp_dtensor_reader import open_fsdp_dtensor
-from ckptbridge.converters.mcore.legacy_reader import open_legacy
+from ckptbridge.converters.mcore.legacy.reader import open_legacy
 from ckptbridge.converters.mcore.megatron_folder import MegatronFolder
 from ckptbridge.converters.mcore.torch_dist_reader import TRACKER, iteration_folder, open_torch_dist
 

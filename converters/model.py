@@ -27,7 +27,7 @@ from ckptbridge.converters.registry import family_named, family_of, family_that_
 from ckptbridge.converters.tensors import Checkpoint, Computed, LazyTensor, Stored
 
 if TYPE_CHECKING:
-    from ckptbridge.converters.hub_shards import HubShards
+    from ckptbridge.converters.hub.shards import HubShards
 
 _MOST_ITERATIONS = 10**9
 HF_SIDE_FOLDER = "hf"

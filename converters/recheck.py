@@ -10,7 +10,7 @@ from typing import Any
 
 from ckptbridge.converters.blocks import digest_of
 from ckptbridge.converters.errors import BadInputError
-from ckptbridge.converters.mcore.optimizer_state import every_tensor
+from ckptbridge.converters.mcore.optimizer.state import every_tensor
 from ckptbridge.converters.model import Model
 from ckptbridge.converters.receipt import Receipt
 

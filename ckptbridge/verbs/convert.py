@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptbridge.converters.convert import ConversionPlan
-    from ckptbridge.converters.hub import Need
+    from ckptbridge.converters.hub.source import Need
     from ckptbridge.converters.model import Model
 
 
@@ -68,7 +68,7 @@ def mcore2hf(
 
 def opened(source: str, read: o.ReadFlags, need: Need = "whole", target: Path | None = None) -> Model:
     """The checkpoint that an argument names; of a Hub id no more is fetched than is needed."""
-    from ckptbridge.converters.hub import open_source
+    from ckptbridge.converters.hub.source import open_source
 
     return open_source(
         source,

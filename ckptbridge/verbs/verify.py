@@ -81,7 +81,7 @@ def verify(
 
     from ckptbridge import report
     from ckptbridge.converters.errors import BadInputError
-    from ckptbridge.converters.hub import local_folder
+    from ckptbridge.converters.hub.source import local_folder
     from ckptbridge.trainer.verify import verify as compare
 
     chosen = _layouts(layouts, engine)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ckptbridge.converters.fold import folded
 from ckptbridge.converters.inert_pickles import is_faithful
-from ckptbridge.converters.mcore.optimizer_settings import OptimizerKind
+from ckptbridge.converters.mcore.optimizer.settings import OptimizerKind
 from ckptbridge.converters.mcore.parameters import is_optimizer_key
 from ckptbridge.converters.mcore.torch_dist_reader import COMMON_KEY, TorchDistFolder
 from ckptbridge.converters.parallel_layout import ParallelLayout

@@ -22,7 +22,7 @@ from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.fold import folded
 from ckptbridge.converters.layout import GATED
 from ckptbridge.converters.mapping import Family, Move
-from ckptbridge.converters.mcore.legacy_names import spelled
+from ckptbridge.converters.mcore.legacy.names import spelled
 from ckptbridge.converters.mcore.megatron_folder import OPTIMIZER_STATES
 from ckptbridge.converters.mcore.parameters import padding_multiple
 from ckptbridge.converters.mcore.torch_dist_reader import TorchDistFolder, open_distributed

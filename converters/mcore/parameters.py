@@ -13,7 +13,7 @@ from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.fold import folded
 from ckptbridge.converters.mapping import Family
 from ckptbridge.converters.mcore.keys import Address, address_of
-from ckptbridge.converters.mcore.optimizer_cells import from_grid, is_grid
+from ckptbridge.converters.mcore.optimizer.cells import from_grid, is_grid
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.tensors import LazyTensor, rows
 

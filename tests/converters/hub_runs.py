@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptbridge.converters.hub_shards import SHARDS_SUFFIX
+from ckptbridge.converters.hub.shards import SHARDS_SUFFIX
 from ckptbridge.converters.receipt import RECEIPT_NAME, read_receipt
 from tests.converters.hub_server import HubServer
 from tests.converters.running import ROOT

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ckptbridge.converters.convert import ConversionPlan, ConvertOptions
 from ckptbridge.converters.execute import execute
-from ckptbridge.converters.mcore.optimizer_state import open_optimizer
+from ckptbridge.converters.mcore.optimizer.state import open_optimizer
 from ckptbridge.converters.model import Model, decoder_tensors, open_model
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.converters.reshard import plan_reshard

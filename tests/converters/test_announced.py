@@ -16,7 +16,7 @@ from ckptbridge.converters.convert import ConversionPlan, ConvertOptions, plan_c
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.execute import execute, partial_folder
 from ckptbridge.converters.hf_folder import INDEX
-from ckptbridge.converters.hub import open_source
+from ckptbridge.converters.hub.source import open_source
 from ckptbridge.converters.model import open_model
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from tests.conftest import TinyFolders

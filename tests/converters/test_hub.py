@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ckptbridge.converters.errors import BadInputError, StorageError
-from ckptbridge.converters.hub import local_folder
+from ckptbridge.converters.hub.source import local_folder
 
 
 def test_a_folder_is_itself_even_when_it_looks_like_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

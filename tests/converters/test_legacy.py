@@ -20,7 +20,7 @@ from torch import Tensor
 from ckptbridge.converters.convert import ConvertOptions, plan_conversion
 from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.execute import execute
-from ckptbridge.converters.mcore.legacy_reader import LegacyFolder
+from ckptbridge.converters.mcore.legacy.reader import LegacyFolder
 from ckptbridge.converters.model import open_model
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.converters.receipt import RECEIPT_NAME

@@ -14,7 +14,7 @@ from torch import Tensor
 from ckptbridge.converters.convert import ConvertOptions, plan_conversion
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.execute import execute, partial_folder
-from ckptbridge.converters.mcore.legacy_replicas import WHOLE_NBYTES
+from ckptbridge.converters.mcore.legacy.replicas import WHOLE_NBYTES
 from ckptbridge.converters.model import open_model
 from tests import tiny
 from tests.conftest import TinyFolders

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckptbridge.converters.mcore.legacy_names import DIALECTS, EMBEDDING, HEAD, Dialect, chunk_slots, spelled, stock_of
+from ckptbridge.converters.mcore.legacy.names import DIALECTS, EMBEDDING, HEAD, Dialect, chunk_slots, spelled, stock_of
 from ckptbridge.converters.model import open_model
 from tests.conftest import TinyFolders
 from tests.tiny import TINY

@@ -13,8 +13,8 @@ import torch
 from ckptbridge.converters.convert import plan_conversion
 from ckptbridge.converters.execute import execute
 from ckptbridge.converters.inert_pickles import is_faithful, saved
-from ckptbridge.converters.mcore.optimizer_buffers import Flat, bucket_size, buffer_layout
-from ckptbridge.converters.mcore.optimizer_state import every_tensor, open_optimizer
+from ckptbridge.converters.mcore.optimizer.buffers import Flat, bucket_size, buffer_layout
+from ckptbridge.converters.mcore.optimizer.state import every_tensor, open_optimizer
 from ckptbridge.converters.model import open_model
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.converters.pickles import Inert

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ckptbridge.converters.errors import BadInputError
-from ckptbridge.converters.mcore.optimizer_settings import read_settings
+from ckptbridge.converters.mcore.optimizer.settings import read_settings
 from ckptbridge.converters.model import Model, open_model
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from tests.conftest import TinyFolders

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -316,4 +315,3 @@ def test_the_config_of_the_run_lies_beside_its_steps(tiny_folder: TinyFolders, t
     save(tmp_path, model, 1)
     assert (tmp_path / "hf" / "config.json").read_bytes() == (tiny_folder("qwen3") / "config.json").read_bytes()
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == 2
-    assert "megatron" not in sys.modules

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from ckptbridge.converters.mcore import optimizer_buffers
-from ckptbridge.converters.mcore.optimizer_buffers import Flat, buffer_layout
+from ckptbridge.converters.mcore.optimizer import buffers as optimizer_buffers
+from ckptbridge.converters.mcore.optimizer.buffers import Flat, buffer_layout
 from tests.fetch_megatron import FOLDER as MEGATRON
 from tests.megatron.launch import check_fetched
 

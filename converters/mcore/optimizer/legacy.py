@@ -15,12 +15,12 @@ import torch
 
 from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.mapping import Family
-from ckptbridge.converters.mcore.legacy_reader import Held, LegacyFolder, joined
+from ckptbridge.converters.mcore.legacy.reader import Held, LegacyFolder, joined
 from ckptbridge.converters.mcore.megatron_folder import OPTIMIZER_STATES
-from ckptbridge.converters.mcore.optimizer_legacy_buffers import find_in_buffers
-from ckptbridge.converters.mcore.optimizer_legacy_plain import find_plain
-from ckptbridge.converters.mcore.optimizer_ranks import BUFFERS, chunks_by_rank, parts_of_rank
-from ckptbridge.converters.mcore.optimizer_settings import (
+from ckptbridge.converters.mcore.optimizer.legacy_buffers import find_in_buffers
+from ckptbridge.converters.mcore.optimizer.legacy_plain import find_plain
+from ckptbridge.converters.mcore.optimizer.ranks import BUFFERS, chunks_by_rank, parts_of_rank
+from ckptbridge.converters.mcore.optimizer.settings import (
     OptimizerKind,
     OptimizerSettings,
     inner_state,

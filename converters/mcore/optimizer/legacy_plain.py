@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 
 from ckptbridge.converters.errors import BadInputError
-from ckptbridge.converters.mcore.legacy_names import EMBEDDING, HEAD
-from ckptbridge.converters.mcore.legacy_rank import FILE, LegacyRank
-from ckptbridge.converters.mcore.legacy_reader import Held, LegacyFolder
+from ckptbridge.converters.mcore.legacy.names import EMBEDDING, HEAD
+from ckptbridge.converters.mcore.legacy.rank import FILE, LegacyRank
+from ckptbridge.converters.mcore.legacy.reader import Held, LegacyFolder
 from ckptbridge.converters.mcore.megatron_folder import OPTIMIZER_STATES
-from ckptbridge.converters.mcore.optimizer_ranks import Chunk, RankFound, moment_name, parts_of_rank
-from ckptbridge.converters.mcore.optimizer_settings import Group, inner_state, is_decoupled, param_groups, wd_mult
+from ckptbridge.converters.mcore.optimizer.ranks import Chunk, RankFound, moment_name, parts_of_rank
+from ckptbridge.converters.mcore.optimizer.settings import Group, inner_state, is_decoupled, param_groups, wd_mult
 from ckptbridge.converters.pickles import TensorRef
 from ckptbridge.converters.tensors import LazyTensor, Stored
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptbridge.converters.errors import BadInputError
-from ckptbridge.converters.mcore.legacy_rank import LegacyRank
-from ckptbridge.converters.mcore.legacy_reader import Held, Parameter
-from ckptbridge.converters.mcore.optimizer_settings import optimizer_parts
+from ckptbridge.converters.mcore.legacy.rank import LegacyRank
+from ckptbridge.converters.mcore.legacy.reader import Held, Parameter
+from ckptbridge.converters.mcore.optimizer.settings import optimizer_parts
 from ckptbridge.converters.tensors import LazyTensor
 
 BUFFERS = "distrib_optim.pt"

@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 
 from ckptbridge.converters.errors import BadInputError, NotSupportedError
-from ckptbridge.converters.mcore.legacy_names import EMBEDDING
-from ckptbridge.converters.mcore.legacy_rank import LegacyRank
-from ckptbridge.converters.mcore.legacy_reader import Held, LegacyFolder
+from ckptbridge.converters.mcore.legacy.names import EMBEDDING
+from ckptbridge.converters.mcore.legacy.rank import LegacyRank
+from ckptbridge.converters.mcore.legacy.reader import Held, LegacyFolder
 from ckptbridge.converters.mcore.megatron_folder import OPTIMIZER_STATES
-from ckptbridge.converters.mcore.optimizer_buffers import Flat, bucket_size, buffer_layout
-from ckptbridge.converters.mcore.optimizer_ranks import BUFFERS, Chunk, RankFound, buffer_name
+from ckptbridge.converters.mcore.optimizer.buffers import Flat, bucket_size, buffer_layout
+from ckptbridge.converters.mcore.optimizer.ranks import BUFFERS, Chunk, RankFound, buffer_name
 from ckptbridge.converters.pickles import TensorRef
 from ckptbridge.converters.tensors import Stored
 from ckptbridge.converters.torch_archive import read_archive, stored_tensor

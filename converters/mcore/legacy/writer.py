@@ -17,10 +17,10 @@ from ckptbridge.converters.archive_file import Leaf, archive_file
 from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.mapping import Family, Move
 from ckptbridge.converters.mcore.args import make_args
-from ckptbridge.converters.mcore.legacy_names import DIALECTS, Dialect, Slot, chunk_slots, stock_of
-from ckptbridge.converters.mcore.legacy_rank import FILE, rank_label
-from ckptbridge.converters.mcore.legacy_ranks import rank_folder
-from ckptbridge.converters.mcore.legacy_slices import boxes_of, cut
+from ckptbridge.converters.mcore.legacy.names import DIALECTS, Dialect, Slot, chunk_slots, stock_of
+from ckptbridge.converters.mcore.legacy.rank import FILE, rank_label
+from ckptbridge.converters.mcore.legacy.ranks import rank_folder
+from ckptbridge.converters.mcore.legacy.slices import boxes_of, cut
 from ckptbridge.converters.mcore.megatron_folder import MegatronPlan
 from ckptbridge.converters.mcore.torch_dist_writer import VOCAB_MULTIPLE
 from ckptbridge.converters.model_config import ModelConfig

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from ckptbridge.converters.errors import BadInputError, NotSupportedError
-from ckptbridge.converters.mcore.legacy_reader import LegacyFolder
-from ckptbridge.converters.mcore.optimizer_legacy import legacy_optimizer, open_legacy_optimizer, rounds_to
-from ckptbridge.converters.mcore.optimizer_settings import OptimizerKind, OptimizerSettings, read_settings
-from ckptbridge.converters.mcore.optimizer_torch_dist import torch_dist_optimizer
+from ckptbridge.converters.mcore.legacy.reader import LegacyFolder
+from ckptbridge.converters.mcore.optimizer.legacy import legacy_optimizer, open_legacy_optimizer, rounds_to
+from ckptbridge.converters.mcore.optimizer.settings import OptimizerKind, OptimizerSettings, read_settings
+from ckptbridge.converters.mcore.optimizer.torch_dist import torch_dist_optimizer
 from ckptbridge.converters.mcore.torch_dist_reader import TorchDistFolder
 from ckptbridge.converters.model import Model
 from ckptbridge.converters.tensors import Checkpoint

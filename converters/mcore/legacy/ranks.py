@@ -13,8 +13,8 @@ from typing import Any
 
 from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.errors import told as short
-from ckptbridge.converters.mcore.legacy_names import EMBEDDING
-from ckptbridge.converters.mcore.legacy_rank import FILE, LegacyRank, open_rank
+from ckptbridge.converters.mcore.legacy.names import EMBEDDING
+from ckptbridge.converters.mcore.legacy.rank import FILE, LegacyRank, open_rank
 
 _FOLDER = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,5}))?(?:_(\d{3,5}))?")
 _MOST_RANKS = 1 << 16

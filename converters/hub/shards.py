@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from ckptbridge.converters.hub_download import PART_SUFFIX, fetch
-from ckptbridge.converters.hub_progress import PieceJournal
-from ckptbridge.converters.hub_repository import HubRepository
+from ckptbridge.converters.hub.download import PART_SUFFIX, fetch
+from ckptbridge.converters.hub.progress import PieceJournal
+from ckptbridge.converters.hub.repository import HubRepository
 
 SHARDS_SUFFIX = ".partial.shards"
 AHEAD = 2

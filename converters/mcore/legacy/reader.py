@@ -18,10 +18,10 @@ from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.fold import folded
 from ckptbridge.converters.layout import Box
 from ckptbridge.converters.mapping import Family, Move
-from ckptbridge.converters.mcore.legacy_names import Spelled
-from ckptbridge.converters.mcore.legacy_rank import LegacyRank
-from ckptbridge.converters.mcore.legacy_ranks import Degrees, check_expert_size, open_ranks, rank_folder
-from ckptbridge.converters.mcore.legacy_slices import boxes_of, merge, slice_shape, transposed, whole_shape
+from ckptbridge.converters.mcore.legacy.names import Spelled
+from ckptbridge.converters.mcore.legacy.rank import LegacyRank
+from ckptbridge.converters.mcore.legacy.ranks import Degrees, check_expert_size, open_ranks, rank_folder
+from ckptbridge.converters.mcore.legacy.slices import boxes_of, merge, slice_shape, transposed, whole_shape
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.pickles import TensorRef
 from ckptbridge.converters.tensors import Checkpoint, LazyTensor, Stored, rows
@@ -110,14 +110,14 @@ class LegacyFolder:
 
     def states(self) -> tuple[str, ...]:
         """Which states of the optimizer are there."""
-        from ckptbridge.converters.mcore.optimizer_legacy import legacy_states_there  # it imports this module
+        from ckptbridge.converters.mcore.optimizer.legacy import legacy_states_there  # it imports this module
 
         return legacy_states_there(self)
 
     def parameters(self, family: Family, config: ModelConfig, state: str = "") -> dict[str, LazyTensor]:
         """One state of every parameter, unsplit: see MegatronFolder."""
         if state:
-            from ckptbridge.converters.mcore.optimizer_legacy import legacy_states
+            from ckptbridge.converters.mcore.optimizer.legacy import legacy_states
 
             return legacy_states(self, family, config, state)
         held = self.held(family, config)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from ckptbridge.converters.errors import NotSupportedError
-from ckptbridge.converters.mcore.optimizer_settings import (
+from ckptbridge.converters.mcore.optimizer.settings import (
     OptimizerKind,
     OptimizerSettings,
     chained,

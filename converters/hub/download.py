@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptbridge.converters.errors import StorageError
-from ckptbridge.converters.hub_repository import Cancelled, Cut, HubFile, HubRepository
+from ckptbridge.converters.hub.repository import Cancelled, Cut, HubFile, HubRepository
 
 PART_SUFFIX = ".part"
 _BLOCK_NBYTES = 1 << 20

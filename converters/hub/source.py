@@ -26,8 +26,8 @@ from ckptbridge.converters.safetensors_header import header_nbytes, parse_header
 from ckptbridge.converters.tensors import Checkpoint, LazyTensor, Stored
 
 if TYPE_CHECKING:
-    from ckptbridge.converters.hub_repository import HubRepository
-    from ckptbridge.converters.hub_shards import HubShards
+    from ckptbridge.converters.hub.repository import HubRepository
+    from ckptbridge.converters.hub.shards import HubShards
 
 Need = Literal["plan", "headers", "stream", "whole"]
 """What is wanted of a Hub id: `plan` is content with config.json and the index, `headers` with the shards' headers;
@@ -61,7 +61,7 @@ def open_source(
     _check_id(source)
     if need == "whole" or _is_offline() or hf_config is not None:
         return open_model(local_folder(source, revision), hf_config=hf_config, ignore_config_fields=ignore)
-    from ckptbridge.converters.hub_repository import find_repository
+    from ckptbridge.converters.hub.repository import find_repository
 
     repository = find_repository(source, revision)
     shards = _shard_names(repository)
@@ -77,8 +77,8 @@ def open_source(
 
 def _with_bound(model: Model, repository: HubRepository) -> Model:
     """The model with a note on how much of it lies on the disk while it is converted."""
-    from ckptbridge.converters.hub_schedule import held_at_most, steps_for
-    from ckptbridge.converters.hub_shards import AHEAD
+    from ckptbridge.converters.hub.schedule import held_at_most, steps_for
+    from ckptbridge.converters.hub.shards import AHEAD
 
     sizes = {name: file.size for name, file in repository.files.items()}
     steps = steps_for(model.tensors.values())
@@ -93,7 +93,7 @@ def _with_bound(model: Model, repository: HubRepository) -> Model:
 
 def _streamed(repository: HubRepository, shards: list[str], target: Path | None, ignore: tuple[str, ...]) -> Model:
     """The model by the headers of its shards, which are going to lie beside the target, if there is one."""
-    from ckptbridge.converters.hub_shards import HubShards
+    from ckptbridge.converters.hub.shards import HubShards
     from ckptbridge.converters.ranks import this_rank
 
     coming = HubShards(repository, target.resolve(), this_rank().rank) if target else None
@@ -208,7 +208,7 @@ def local_folder(source: str, revision: str | None = None) -> Path:
     _check_id(source)
     from huggingface_hub import hf_hub_download, snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
-    from ckptbridge.converters.hub_repository import find_repository, told
+    from ckptbridge.converters.hub.repository import find_repository, told
 
     try:
         if _is_offline():
@@ -226,7 +226,7 @@ def local_folder(source: str, revision: str | None = None) -> Path:
 
 
 def _check_id(source: str) -> None:
-    from ckptbridge.converters.hub_repository import HUB_ID
+    from ckptbridge.converters.hub.repository import HUB_ID
 
     if not HUB_ID.fullmatch(source):
         raise BadInputError(f"{source}: no such folder, and no Hub id (org/name) either")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ckptbridge.converters.errors import BadInputError, NotSupportedError
-from ckptbridge.converters.mcore.legacy_names import Spelled, spelled
+from ckptbridge.converters.mcore.legacy.names import Spelled, spelled
 from ckptbridge.converters.pickles import TensorRef
 from ckptbridge.converters.tensors import Stored
 from ckptbridge.converters.torch_archive import read_archive, stored_tensor

@@ -18,11 +18,11 @@ from torch import Tensor
 from ckptbridge.converters.archive_file import Leaf, archive_file
 from ckptbridge.converters.errors import NotSupportedError
 from ckptbridge.converters.mapping import Move
-from ckptbridge.converters.mcore.legacy_names import EMBEDDING, HEAD, Slot
-from ckptbridge.converters.mcore.legacy_writer import FileRank, LegacyWriter
-from ckptbridge.converters.mcore.optimizer_buffers import Flat, bucket_size, buffer_layout
-from ckptbridge.converters.mcore.optimizer_ranks import BUFFERS, buffer_name, moment_name
-from ckptbridge.converters.mcore.optimizer_settings import (
+from ckptbridge.converters.mcore.legacy.names import EMBEDDING, HEAD, Slot
+from ckptbridge.converters.mcore.legacy.writer import FileRank, LegacyWriter
+from ckptbridge.converters.mcore.optimizer.buffers import Flat, bucket_size, buffer_layout
+from ckptbridge.converters.mcore.optimizer.ranks import BUFFERS, buffer_name, moment_name
+from ckptbridge.converters.mcore.optimizer.settings import (
     Group,
     OptimizerKind,
     OptimizerSettings,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.mapping import Family
-from ckptbridge.converters.mcore.legacy_reader import LegacyFolder
+from ckptbridge.converters.mcore.legacy.reader import LegacyFolder
 from ckptbridge.converters.mcore.megatron_folder import MegatronFolder
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.tensors import Stored, read_exactly

@@ -17,9 +17,9 @@ from ckptbridge.converters.copying import Copier
 from ckptbridge.converters.disk import disk_message, reserve, write_exactly
 from ckptbridge.converters.drafts import Draft
 from ckptbridge.converters.errors import StorageError
-from ckptbridge.converters.hub_progress import Pieces
-from ckptbridge.converters.hub_schedule import Step, held_at_most, steps_of
-from ckptbridge.converters.hub_shards import AHEAD, HubShards
+from ckptbridge.converters.hub.progress import Pieces
+from ckptbridge.converters.hub.schedule import Step, held_at_most, steps_of
+from ckptbridge.converters.hub.shards import AHEAD, HubShards
 from ckptbridge.converters.journal import Journal
 from ckptbridge.converters.output import OutputFile
 from ckptbridge.converters.tensors import Stored
