@@ -135,6 +135,11 @@ def _layers_per_rank(layout: ParallelLayout, num_layers: int) -> list[int]:
     """As megatron-core's get_num_layers_to_build: what the ends leave is shared evenly by the ranks between."""
     first, last = layout.first_stage_layers, layout.last_stage_layers
     if first is None and last is None:
+        if layout.pp > 1 and layout.vpp == 1 and num_layers % layout.pp:
+            raise BadInputError(
+                f"pp = {layout.pp} does not divide num_layers = {num_layers}; deal them unevenly with "
+                "--decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers"
+            )
         _divides("pp x vpp" if layout.vpp > 1 else "pp", layout.pp * layout.vpp, "num_layers", num_layers)
         return [num_layers // layout.pp] * layout.pp
     left = num_layers - (first or 0) - (last or 0)

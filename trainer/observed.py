@@ -81,6 +81,7 @@ def _load_transformers(model: Model, dtype: torch.dtype) -> Any:
             model.path,
             dtype=dtype,
             attn_implementation="eager",
+            experts_implementation="eager",  # the grouped product refuses rows that are no multiple of 16 bytes
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,

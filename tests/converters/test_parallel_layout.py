@@ -35,7 +35,12 @@ def test_layers_are_dealt_chunk_by_chunk(sizes: dict[str, int], layers: int, dea
 
 
 UNDEALT: list[tuple[dict[str, int], int, str]] = [
-    ({"pp": 3}, 4, "pp = 3 does not divide num_layers = 4"),
+    (
+        {"pp": 3},
+        4,
+        "pp = 3 does not divide num_layers = 4; deal them unevenly with --decoder-first-pipeline-num-layers or "
+        "--decoder-last-pipeline-num-layers",
+    ),
     ({"pp": 2, "vpp": 3}, 8, "pp x vpp = 6 does not divide num_layers = 8"),
     ({"pp": 3, "first_stage_layers": 1}, 4, "3, cannot be shared evenly by the other 2 stages"),
     ({"pp": 2, "first_stage_layers": 1, "last_stage_layers": 1}, 4, "2, cannot be shared evenly by the other 0"),
