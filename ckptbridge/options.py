@@ -181,6 +181,14 @@ class RunFlags:
     max_ram: Annotated[str, typer.Option("--max-ram", help="Bound of the memory for tensors.", rich_help_panel=RUN)] = (
         "1GiB"
     )
+    direct_io: Annotated[
+        bool | None,
+        typer.Option(
+            "--direct-io/--page-cache",
+            help="How to write. Default: past the page cache if the output would fill it and lies on a local disk.",
+            rich_help_panel=RUN,
+        ),
+    ] = None
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.", rich_help_panel=RUN)] = (
         False
     )
@@ -263,6 +271,7 @@ class ConvertFlags:
             max_file_size=nbytes(megatron.max_file_size, "--max-file-size"),
             max_shard_size=nbytes(self.max_shard_size, "--max-shard-size"),
             max_ram=nbytes(run.max_ram, "--max-ram"),
+            direct_io=run.direct_io,
             resume=run.resume,
             overwrite=run.overwrite,
             receipt=output.receipt,

@@ -17,6 +17,7 @@ import torch
 
 from ckptbridge.converters.collection import no_collection
 from ckptbridge.converters.copying import sum_nbytes, work_nbytes
+from ckptbridge.converters.direct import DIRECT_NBYTES
 from ckptbridge.converters.disk import PARTIAL_SUFFIX
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.hf_folder import INDEX, SINGLE
@@ -54,6 +55,8 @@ class ConvertOptions:
     max_shard_size: int = 5 * GIGABYTE
     max_ram: int = 1 << 30
     workers: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
+    direct_io: bool | None = None
+    """Write past the page cache; None does so where that is faster (see direct.py)."""
     resume: bool = False
     overwrite: bool = False
     receipt: Path | None = None
@@ -65,6 +68,11 @@ class ConvertOptions:
     """Format torch: whose modules will load it (see mcore/legacy/names.py)."""
     for_bridge: bool = False
     """Also write what Megatron-Bridge looks for."""
+
+    @property
+    def direct_nbytes(self) -> int:
+        """What all buffers of direct writes take together, in bytes."""
+        return min(DIRECT_NBYTES, self.max_ram // 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +96,8 @@ class ConversionPlan:
     @property
     def peak_ram(self) -> int:
         """An upper bound of the memory that blocks and rows take, in bytes, beside the interpreter and torch."""
-        return 4 * work_nbytes(self.options.max_ram, self.options.workers) * self.options.workers
+        work = 4 * work_nbytes(self.options.max_ram, self.options.workers) * self.options.workers
+        return work + (0 if self.options.direct_io is False else self.options.direct_nbytes)
 
     def nbytes_by_rank(self) -> dict[str, int]:
         """What each rank of the named layout has files for; empty for Hugging Face, whose files belong to nobody."""

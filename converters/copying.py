@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ckptbridge.converters.blocks import bytes_of
+from ckptbridge.converters.direct import DirectWriter
 from ckptbridge.converters.disk import disk_message
 from ckptbridge.converters.drafts import Draft, Stream, in_source_order
 from ckptbridge.converters.finishing import Finisher
@@ -60,11 +61,13 @@ class Copier:
         progress: Progress | None,
         total: int,
         witness: Witness | None = None,
+        direct: DirectWriter | None = None,
     ) -> None:
         self.folder, self.workers = folder, max(1, workers)
         self.work_nbytes = work_nbytes(max_ram, self.workers)
         self.block_nbytes = min(BLOCK_NBYTES, self.work_nbytes)
         self.witness = witness or Witness({})
+        self._direct = direct
         self._progress, self._total, self._done = progress, total, 0
         self._failed = False
         self._lock = threading.Lock()
@@ -99,13 +102,13 @@ class Copier:
         drafts: list[Draft] = []
         try:
             for file in files:
-                drafts.append(Draft(self.folder / file.name, file, finisher))
+                drafts.append(Draft(self.folder / file.name, file, finisher, is_direct=self._direct is not None))
             self.run([partial(self.carry_out, task, drafts) for task in tasks_of(files)])
             for draft in drafts:
                 draft.close()
         except BaseException:
             for draft in drafts:
-                finisher.abandon(draft.descriptor)
+                draft.abandon()
             raise
         for draft in drafts:
             finisher.finish(draft.descriptor, draft.path, partial(done, draft.file, draft.digests))
@@ -133,7 +136,7 @@ class Copier:
         by_root: dict[int, list[Stream]] = {}
         with watched(self.witness.see):
             for outlet in task:
-                stream = Stream(outlet, drafts, self.advance)
+                stream = Stream(outlet, drafts, self.advance, self._direct)
                 extents = outlet.tensor.extents()
                 if extents is not None:
                     stream.seen = self.witness.claim(extents)

@@ -9,10 +9,11 @@ from typing import Any
 
 import xxhash
 
+from ckptbridge.converters.direct import SMALLEST_RUN_NBYTES, DirectFile, DirectRun, DirectWriter, open_direct
 from ckptbridge.converters.disk import disk_message, reserve, write_exactly
 from ckptbridge.converters.errors import StorageError
 from ckptbridge.converters.finishing import Finisher
-from ckptbridge.converters.output import OutputFile, Patch
+from ckptbridge.converters.output import OutputFile, Patch, Piece
 from ckptbridge.converters.tasks import Outlet
 from ckptbridge.converters.tensors import Extent
 from ckptbridge.converters.witness import Seen
@@ -29,7 +30,9 @@ _WORTH_WRITING = 16 << 20
 class Draft:
     """A file that is being written. Its descriptor belongs to whoever made it, and at last to the finisher."""
 
-    def __init__(self, path: Path, file: OutputFile, finisher: Finisher) -> None:
+    direct: DirectFile | None = None
+
+    def __init__(self, path: Path, file: OutputFile, finisher: Finisher, *, is_direct: bool = False) -> None:
         self.path, self.file = path, file
         self.crcs: dict[str, int] = {}
         self.digests = dict.fromkeys((piece.name for piece in file.pieces), "")
@@ -45,6 +48,8 @@ class Draft:
                 raise
         except OSError as error:
             raise StorageError(disk_message(path, error)) from error
+        if is_direct and (descriptor := open_direct(path)) is not None:
+            self.direct = DirectFile(path, descriptor, self.put)
 
     def put(self, offset: int, data: memoryview | bytes) -> None:
         try:
@@ -58,49 +63,87 @@ class Draft:
 
     def close(self) -> None:
         """Every piece is there: put what depends on their CRCs."""
+        direct, self.direct = self.direct, None
+        if direct is not None:
+            direct.close()
         last: Sequence[Patch] = self.file.closing(self.crcs) if self.file.closing else ()
         for offset, data in (*self.file.patches, *last):
             self.put(offset, data)
+
+    def abandon(self) -> None:
+        """It will not be whole."""
+        direct, self.direct = self.direct, None
+        if direct is not None:
+            direct.abandon()
+        self._finisher.abandon(self.descriptor)
+
+
+class _Place:
+    """One piece that is being filled, in order."""
+
+    def __init__(self, draft: Draft, piece: Piece, direct: DirectWriter | None) -> None:
+        self.draft, self.piece = draft, piece
+        self._direct = direct
+        self._run: DirectRun | None = None
+        self._at = self._handed_over = 0
+
+    def put(self, block: memoryview) -> None:
+        """The next bytes."""
+        if not self._at and self._direct and self.draft.direct and self.piece.tensor.nbytes >= SMALLEST_RUN_NBYTES:
+            self._run = self._direct.run(self.draft.direct, self.piece.offset, self.piece.tensor.nbytes)
+        if self._run is not None:
+            self._run.put(block)
+        else:
+            self.draft.put(self.piece.offset + self._at, block)
+        self._at += len(block)
+        if self._run is None and self._at - self._handed_over >= _WORTH_WRITING:
+            self._hand_over()
+
+    def end(self) -> None:
+        """All bytes were put."""
+        if self._run is not None and self._direct is not None:
+            self._direct.end(self._run)
+        else:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        self.draft.begin_to_write(self.piece.offset + self._handed_over, self._at - self._handed_over)
+        self._handed_over = self._at
 
 
 class Stream:
     """The bytes of one tensor on their way to its places, in order; hashed once, however many places there are."""
 
-    def __init__(self, outlet: Outlet, drafts: Sequence[Draft], advance: Callable[[int], None]) -> None:
+    def __init__(
+        self, outlet: Outlet, drafts: Sequence[Draft], advance: Callable[[int], None], direct: DirectWriter | None
+    ) -> None:
         self.tensor = outlet.tensor
         self.seen: Seen | None = None
         """The source tensor that this is, byte for byte, if its digest is to be taken from here."""
-        self._places = [(drafts[number], piece) for number, piece in outlet.places]
+        self._places = [_Place(drafts[number], piece, direct) for number, piece in outlet.places]
         self._advance = advance
-        self._at = self._handed_over = self._crc = 0
+        self._crc = 0
         self._digest: Any = xxhash.xxh3_64()
 
     def put(self, block: memoryview) -> None:
         """The next bytes."""
         self._crc = crc32(block, self._crc)
         self._digest.update(block)
-        for draft, piece in self._places:
-            draft.put(piece.offset + self._at, block)
-        self._at += len(block)
-        if self._at - self._handed_over >= _WORTH_WRITING:
-            self._hand_over()
+        for place in self._places:
+            place.put(block)
         self._advance(len(block) * len(self._places))
 
     def end(self) -> None:
         """All bytes were put."""
         digest = self._digest.hexdigest()
-        for draft, piece in self._places:
+        for place in self._places:
+            draft, piece = place.draft, place.piece
+            place.end()
             for offset, data in piece.frame(self._crc) if piece.frame else ():
                 draft.put(offset, data)
             draft.crcs[piece.name], draft.digests[piece.name] = self._crc, digest
         if self.seen is not None:
             self.seen.digest = digest
-        self._hand_over()
-
-    def _hand_over(self) -> None:
-        for draft, piece in self._places:
-            draft.begin_to_write(piece.offset + self._handed_over, self._at - self._handed_over)
-        self._handed_over = self._at
 
 
 def in_source_order(moved: Sequence[tuple[Stream, Sequence[Extent]]]) -> Iterator[tuple[Stream, Extent]]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from ckptbridge.converters.announced import refuse_announced
 from ckptbridge.converters.convert import ConversionPlan
 from ckptbridge.converters.copying import Copier, Progress, sum_nbytes
+from ckptbridge.converters.direct import DirectWriter, is_worth_it
 from ckptbridge.converters.disk import PARTIAL_SUFFIX, disk_message, sync_folder, take_name, write_file
 from ckptbridge.converters.errors import BadInputError, StorageError
 from ckptbridge.converters.finishing import Finisher
@@ -233,16 +235,20 @@ def _write_files(
     files = [file for file in plan.files if file.name in share]
     alone = options.rank.world_size == 1
     total = plan.nbytes if alone else sum_nbytes(files)
-    copier = Copier(
-        partial,
-        workers=options.workers,
-        max_ram=options.max_ram,
-        progress=progress,
-        total=total,
-        witness=witness,
-    )
-    if total > sum_nbytes(files):
-        copier.advance(total - sum_nbytes(files))
+
+    def copier(direct: DirectWriter | None = None) -> Copier:
+        made = Copier(
+            partial,
+            workers=options.workers,
+            max_ram=options.max_ram,
+            progress=progress,
+            total=total,
+            witness=witness,
+            direct=direct,
+        )
+        if total > sum_nbytes(files):
+            made.advance(total - sum_nbytes(files))
+        return made
 
     def note(file: OutputFile, digests: dict[str, str]) -> None:
         journal.add_file(file.name, digests, witness.digests(), witness.bad())
@@ -250,11 +256,14 @@ def _write_files(
     if (remote := plan.source.remote) is not None:
         from ckptbridge.converters.hub.streaming import Streaming
 
-        Streaming(shards=remote, copier=copier, journal=journal, done=note).write(files)
+        Streaming(shards=remote, copier=copier(), journal=journal, done=note).write(files)
         return
-    with Finisher(disk_message) as finisher:
+    is_direct = is_worth_it(partial, sum_nbytes(files)) if options.direct_io is None else options.direct_io
+    writer = DirectWriter(options.direct_nbytes) if is_direct else nullcontext()
+    with writer as direct, Finisher(disk_message) as finisher:
+        copying = copier(direct)
         for bundle in bundles_of(files, _most_files(plan)):
-            copier.write_together(bundle, finisher, note)
+            copying.write_together(bundle, finisher, note)
             finisher.check()
 
 
