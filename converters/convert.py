@@ -96,8 +96,9 @@ class ConversionPlan:
     @property
     def peak_ram(self) -> int:
         """An upper bound of the memory that blocks and rows take, in bytes, beside the interpreter and torch."""
-        work = 4 * work_nbytes(self.options.max_ram, self.options.workers) * self.options.workers
-        return work + (0 if self.options.direct_io is False else self.options.direct_nbytes)
+        options = self.options
+        direct = 0 if options.direct_io is False else options.direct_nbytes
+        return direct + 4 * work_nbytes(options.max_ram - direct, options.workers) * options.workers
 
     def nbytes_by_rank(self) -> dict[str, int]:
         """What each rank of the named layout has files for; empty for Hugging Face, whose files belong to nobody."""

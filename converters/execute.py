@@ -240,7 +240,7 @@ def _write_files(
         made = Copier(
             partial,
             workers=options.workers,
-            max_ram=options.max_ram,
+            max_ram=options.max_ram - (options.direct_nbytes if direct else 0),
             progress=progress,
             total=total,
             witness=witness,

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from ckptbridge.converters import direct, drafts
-from ckptbridge.converters.convert import ConvertOptions
 from ckptbridge.converters.direct import ALIGNMENT, DirectFile, DirectRun, DirectWriter, is_worth_it, open_direct
 from ckptbridge.converters.disk import reserve, write_exactly
 from ckptbridge.converters.errors import StorageError
@@ -231,6 +230,9 @@ def test_what_fills_the_memory_is_written_directly(tmp_path: Path, monkeypatch: 
 
 
 def test_the_plan_counts_the_buffers(tiny_folder: TinyFolders, tmp_path: Path) -> None:
-    cached = planned(tiny_folder("llama"), tmp_path / "target", max_ram=64 << 20, direct_io=False)
-    either = planned(tiny_folder("llama"), tmp_path / "target", max_ram=64 << 20)
-    assert either.peak_ram - cached.peak_ram == ConvertOptions(max_ram=64 << 20).direct_nbytes == 8 << 20
+    for max_ram in (16 << 20, 1 << 30):
+        cached = planned(tiny_folder("llama"), tmp_path / "target", max_ram=max_ram, direct_io=False)
+        either = planned(tiny_folder("llama"), tmp_path / "target", max_ram=max_ram)
+        assert either.options.direct_nbytes <= either.peak_ram <= max_ram
+        assert cached.peak_ram <= max_ram
+    assert either.peak_ram == cached.peak_ram + either.options.direct_nbytes
