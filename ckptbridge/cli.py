@@ -11,6 +11,7 @@ from ckptbridge.verbs.convert import hf2mcore, mcore2hf
 from ckptbridge.verbs.demo import demo
 from ckptbridge.verbs.diff import diff
 from ckptbridge.verbs.inspect import inspect
+from ckptbridge.verbs.launch import launch
 from ckptbridge.verbs.plan import plan
 from ckptbridge.verbs.reshard import reshard
 from ckptbridge.verbs.train import train
@@ -45,4 +46,5 @@ def main(
 
 for verb in (hf2mcore, mcore2hf, reshard, upcycle, verify, inspect, diff, train, demo):
     app.command()(verb)
+app.add_typer(launch, name="launch")
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(plan)

@@ -33,6 +33,10 @@ class ModuleNames(StrEnum):
     oldest = "oldest"
 
 
+class Quantisation(StrEnum):
+    fp8_block = "fp8-block"
+
+
 class Dtype(StrEnum):
     keep = "keep"
     bf16 = "bf16"
@@ -170,6 +174,17 @@ MaxShardSize = Annotated[
 ]
 
 
+Quantize = Annotated[
+    Quantisation | None,
+    typer.Option(
+        "--quantize",
+        help="fp8-block: linear layers in fp8 with a scale for each block of 128 x 128, as DeepSeek-V3 is published.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFlags:
     """How a conversion runs."""
@@ -244,6 +259,7 @@ class ConvertFlags:
     layout: LayoutFlags = field(default_factory=LayoutFlags)
     megatron: MegatronFlags = field(default_factory=MegatronFlags)
     max_shard_size: str = "5GB"
+    quantize: Quantisation | None = None
 
     def options(self) -> ConvertOptions:
         """The converter's options. Raises a usage error for a size or version that is none."""
@@ -278,6 +294,7 @@ class ConvertFlags:
             check_finite=output.check_finite,
             legacy_names=megatron.names.value,
             for_bridge=megatron.for_bridge,
+            quantize=None if self.quantize is None else self.quantize.value,
             rank=this_rank(),
             **({} if run.workers is None else {"workers": run.workers}),
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.fields import read_config
 from ckptbridge.converters.fp8_folder import QUANTIZATION_CONFIG, SCALE_SUFFIX, block_size_of, without_quantisation
+from ckptbridge.converters.further_layers import as_saved_by_hf
 from ckptbridge.converters.fused_experts import stack_shapes
 from ckptbridge.converters.hf_folder import (
     INDEX,
@@ -25,6 +26,7 @@ from ckptbridge.converters.hf_folder import (
     read_index,
     read_json,
 )
+from ckptbridge.converters.mxfp4 import is_mxfp4, packed_shape
 from ckptbridge.converters.registry import family_of
 from ckptbridge.converters.tensors import Checkpoint, LazyTensor
 
@@ -78,6 +80,7 @@ def open_announced(
     family = family_of(config, where)
     model = read_config(family.fields, without_quantisation(config), where, ignore_config_fields)
     weight_map = read_index(folder / index)
+    model, _ = as_saved_by_hf(model, weight_map)
     if not tells_dtype(config):
         raise BadInputError(
             f"{where}: dtype (torch_dtype) is {_dtype_name(config)!r}; a plan without the shards needs one of "
@@ -85,6 +88,7 @@ def open_announced(
         )
     dtype, scales = _DTYPES[_dtype_name(config)], _Scales(config, where, ignore_config_fields)
     shapes = {name: shape for move in family.moves(model) for name, shape in zip(move.hf, move.hf_shapes, strict=True)}
+    shapes |= {copy: shapes[original] for copy, original in family.copied(model).items()}
     if any(name not in shapes for name in weight_map):
         shapes = {**stack_shapes(family, model), "lm_head.weight": (model.vocab_size, model.hidden_size), **shapes}
     # What the table does not know has no shape that could be known, and is refused by its name.
@@ -111,15 +115,18 @@ def _dtype_name(config: Mapping[str, Any]) -> str:
 
 
 class _Scales:
-    """The form of each tensor where weights may be fp8 in blocks: those with a tensor of scales beside them are."""
+    """The form of each tensor where weights may be quantised: MXFP4, or fp8 where a tensor of scales is beside them."""
 
     def __init__(self, config: Mapping[str, Any], where: str, ignore: Iterable[str]) -> None:
-        self._block = None if QUANTIZATION_CONFIG in ignore else block_size_of(config, where)
+        self._is_mxfp4 = is_mxfp4(config, where)
+        self._block = None if self._is_mxfp4 or QUANTIZATION_CONFIG in ignore else block_size_of(config, where)
 
     def form(
         self, name: str, names: Collection[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
     ) -> tuple[tuple[int, ...], torch.dtype]:
         """(shape, dtype). A tensor that no shape is known of has none: it is going to be refused by its name."""
+        if self._is_mxfp4 and (shape := packed_shape(name, shapes)) is not None:
+            return shape, torch.uint8
         if self._block is not None and name.endswith(SCALE_SUFFIX):
             shape = shapes.get(name.removesuffix(SCALE_SUFFIX), ())
             return self._block.grid(shape) if len(shape) > 1 else (), torch.float32

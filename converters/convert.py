@@ -20,12 +20,13 @@ from ckptbridge.converters.copying import sum_nbytes, work_nbytes
 from ckptbridge.converters.direct import DIRECT_NBYTES
 from ckptbridge.converters.disk import PARTIAL_SUFFIX
 from ckptbridge.converters.errors import BadInputError
+from ckptbridge.converters.fp8_quantise import quantisation_config, quantisation_note, quantised
 from ckptbridge.converters.hf_folder import INDEX, SINGLE
 from ckptbridge.converters.mapping import check_names_and_shapes, unpacked
-from ckptbridge.converters.mcore.args import megatron_notes
 from ckptbridge.converters.mcore.bridge_files import BRIDGE_NOTE, bridge_files
 from ckptbridge.converters.mcore.legacy.writer import LegacyWriter
 from ckptbridge.converters.mcore.megatron_folder import MegatronPlan, MegatronWriter
+from ckptbridge.converters.mcore.notes import megatron_notes
 from ckptbridge.converters.mcore.torch_dist_reader import TRACKER
 from ckptbridge.converters.mcore.torch_dist_writer import TorchDistWriter
 from ckptbridge.converters.model import HF_SIDE_FOLDER, Model
@@ -68,6 +69,8 @@ class ConvertOptions:
     """Format torch: whose modules will load it (see mcore/legacy/names.py)."""
     for_bridge: bool = False
     """Also write what Megatron-Bridge looks for."""
+    quantize: Literal["fp8-block"] | None = None
+    """Hugging Face output: matrices of linear layers in fp8 with a scale for each block (see fp8_quantise.py)."""
 
     @property
     def direct_nbytes(self) -> int:
@@ -172,14 +175,26 @@ def checked_target(target: Path, options: ConvertOptions) -> Path:
 
 
 def cast_all(tensors: Checkpoint, dtype: torch.dtype | None) -> Checkpoint:
-    """The tensors in another dtype, but for whole numbers; None keeps each one's own."""
+    """The tensors in another dtype, but for whole numbers and what has to stay as it is; None keeps each one's own.
+
+    A bias that only decides which experts are chosen is fp32 in every model that has one: a rounded one chooses others.
+    """
     if dtype is None:
         return tensors
-    return {name: cast(t, dtype) if t.dtype.is_floating_point else t for name, t in tensors.items()}
+    return {
+        name: cast(t, dtype) if t.dtype.is_floating_point and not name.endswith(".expert_bias") else t
+        for name, t in tensors.items()
+    }
 
 
 def _plan_hf(source: Model, target: Path, tensors: Checkpoint, options: ConvertOptions) -> ConversionPlan:
     hf = unpacked(source.family, source.config, tensors)
+    quantisation: dict[str, Any] = {}
+    notes = source.notes
+    if options.quantize is not None:
+        hf = quantised(hf, source.family, source.config, str(source.path))
+        quantisation = quantisation_config(hf)
+        notes = (*notes, quantisation_note(hf))
     shards = _shards(hf, options.max_shard_size)
     names = (
         [SINGLE]
@@ -193,7 +208,7 @@ def _plan_hf(source: Model, target: Path, tensors: Checkpoint, options: ConvertO
         total = sum(tensor.nbytes for tensor in hf.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         small.append((INDEX, (json.dumps(index, indent=2) + "\n").encode()))
-    config_copy, config_file = config_json(source, options.dtype)
+    config_copy, config_file = config_json(source, options.dtype, quantisation)
     return ConversionPlan(
         source=source,
         target=target,
@@ -202,7 +217,7 @@ def _plan_hf(source: Model, target: Path, tensors: Checkpoint, options: ConvertO
         files=files,
         small=(*small, *config_file),
         copies=(*((asset, asset.name) for asset in source.assets), *config_copy),
-        notes=source.notes,
+        notes=notes,
     )
 
 
@@ -282,11 +297,13 @@ def megatron_conversion(
     )
 
 
-def config_json(source: Model, dtype: torch.dtype | None) -> tuple[list[tuple[Path, str]], list[tuple[str, bytes]]]:
-    """config.json as a copy when it is unchanged, as bytes when it had to be made."""
-    if dtype in (None, source.dtype) and source.hf_config_file is not None:
+def config_json(
+    source: Model, dtype: torch.dtype | None, more: Mapping[str, Any] | None = None
+) -> tuple[list[tuple[Path, str]], list[tuple[str, bytes]]]:
+    """config.json as a copy when it is unchanged, as bytes when it had to be made, with `more` fields."""
+    if dtype in (None, source.dtype) and source.hf_config_file is not None and not more:
         return [(source.hf_config_file, "config.json")], []
-    config = dict(source.hf_config)
+    config = {**source.hf_config, **(more or {})}
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype or source.dtype).removeprefix("torch.")
     return [], [("config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())]

@@ -128,9 +128,9 @@ class _Causes:
         if a.ndim == 2 and a.shape[0] == a.shape[1] and torch.equal(a.T, b):
             return "transposed"
         layout = self._layouts.get(name)
-        if layout is GATED and torch.equal(torch.cat(a.chunk(2)[::-1]), b):
+        if layout and layout.name == GATED.name and torch.equal(torch.cat(a.chunk(2)[::-1]), b):
             return "gate_proj and up_proj swapped"
-        if layout is QKV and (cause := _qkv_order(a, b, self.a.config)):
+        if layout and layout.name == QKV.name and (cause := _qkv_order(a, b, self.a.config)):
             return cause
         sides = (self.a.tensors[name], self.b.tensors[name])
         parts = [layout.unpack(side, self.a.config) if layout else [side] for side in sides]

@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from dataclasses import fields as model_fields
 from typing import Any
 
 from ckptbridge.converters.errors import BadInputError, NotSupportedError, told
-from ckptbridge.converters.model_config import Llama3RopeScaling, ModelConfig
+from ckptbridge.converters.model_config import ModelConfig
 
 Json = dict[str, Any]
 REQUIRED: Any = object()
@@ -142,50 +143,6 @@ class Irrelevant(FieldRow):
 
 
 @dataclass(frozen=True)
-class Rope(FieldRow):
-    """Rotary embedding: `rope_parameters` as transformers 5 writes it, or `rope_theta` and `rope_scaling`."""
-
-    default_theta: float = 10000.0
-
-    @property
-    def hf_names(self) -> tuple[str, ...]:
-        return ("rope_theta", "rope_scaling", "rope_parameters")
-
-    def to_mcore(self, hf: Json) -> Json:
-        rope: Json = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-        theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or self.default_theta
-        kind = rope.pop("rope_type", None) or rope.get("type") or "default"
-        rope.pop("type", None)
-        if kind == "default":
-            if leftover := {k: v for k, v in rope.items() if v is not None}:
-                raise NotSupportedError(
-                    f"config.json: rope_parameters holds {leftover}, which rope_type 'default' does not read"
-                )
-            return {"rotary_base": float(theta), "rope_scaling": None}
-        if kind == "llama3":
-            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            if set(rope) != set(names):
-                raise BadInputError(f"config.json: rope_type 'llama3' needs exactly {names}, found {tuple(rope)}")
-            return {"rotary_base": float(theta), "rope_scaling": Llama3RopeScaling(**rope)}
-        raise NotSupportedError(f"config.json: rope_type {told(kind)} is not supported; known: 'default', 'llama3'")
-
-    def to_hf(self, config: ModelConfig) -> Json:
-        scaling = config.rope_scaling
-        if scaling is None:
-            return {"rope_parameters": {"rope_theta": config.rotary_base, "rope_type": "default"}}
-        return {
-            "rope_parameters": {
-                "rope_theta": config.rotary_base,
-                "rope_type": "llama3",
-                "factor": scaling.factor,
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_position_embeddings,
-            }
-        }
-
-
-@dataclass(frozen=True)
 class FullAttention(FieldRow):
     """Qwen's `layer_types` and `use_sliding_window`: every layer must attend to all tokens before it."""
 
@@ -300,4 +257,9 @@ def write_config(fields: Sequence[FieldRow], config: ModelConfig) -> Json:
                     f"{name} would be both {hf[name]!r} and {value!r}, which this Hugging Face class cannot express"
                 )
             hf[name] = value
+    back = read_config(fields, hf, "the config.json that would be written")
+    for field in model_fields(ModelConfig):
+        found, expected = getattr(back, field.name), getattr(config, field.name)
+        if found != expected:
+            raise NotSupportedError(f"{field.name} is {expected!r}, which this Hugging Face class cannot express")
     return hf

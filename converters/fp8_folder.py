@@ -83,7 +83,7 @@ def dequantised(folder: HfFolder, ignore: Iterable[str] = ()) -> HfFolder:
     size = None if QUANTIZATION_CONFIG in ignore else block_size_of(folder.config, where)
     if size is None:
         return _without_fp8(folder)
-    dtype = _dtype_of(folder.config, where)
+    dtype = dtype_of(folder.config, where)
     made: dict[str, LazyTensor] = {}
     count = 0
     for name, tensor in folder.tensors.items():
@@ -126,10 +126,13 @@ def is_fp8(tensor: LazyTensor) -> bool:
     return tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point
 
 
-def _dtype_of(config: Mapping[str, Any], where: str) -> torch.dtype:
+def dtype_of(config: Mapping[str, Any], where: str) -> torch.dtype:
+    """The dtype in which quantised weights are read. Raises NotSupportedError for one that cannot be."""
     name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     if not isinstance(name, str) or name not in _OUTPUT_DTYPES:
-        raise NotSupportedError(f"{where}: dtype is {name!r}; fp8 weights are read as {', '.join(_OUTPUT_DTYPES)}")
+        raise NotSupportedError(
+            f"{where}: dtype is {name!r}; quantised weights are read as {', '.join(_OUTPUT_DTYPES)}"
+        )
     return _OUTPUT_DTYPES[name]
 
 

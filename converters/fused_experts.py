@@ -29,6 +29,8 @@ def with_experts_apart(found: Checkpoint, family: Family, config: ModelConfig, w
     if not fused:
         return dict(found)
     moves = [move for move in family.moves(config) if move.expert is not None]
+    if any(move.is_stacked for move in moves):  # the family's own form
+        return dict(found)
     made = {name: tensor for name, tensor in found.items() if name not in fused}
     for name, hit in fused.items():
         is_gated = hit[2] == "gate_up_proj"

@@ -8,12 +8,14 @@ rank owns follow from them, on tensors that have not been read. A layout never l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Literal
 
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.model_config import ModelConfig
-from ckptbridge.converters.tensors import LazyTensor, join_rows
+from ckptbridge.converters.tensors import LazyTensor, join_rows, rows
+from ckptbridge.converters.turned import EveryNth, InTurn, turned
 
 View = tuple[int, ...]
 
@@ -42,9 +44,17 @@ class Layout:
     tp: int | None = None
     is_vocab: bool = False
     """Rows are tokens: Megatron pads them and allows their number to differ."""
+    whole: Literal["", "rows", "in turn"] = ""
+    """The parts are one HF tensor: one below the other, or a row of each in turn (parts of one shape)."""
+    is_turned: bool = False
+    """HF holds matrices [inputs, outputs]: with rows and columns exchanged."""
 
     def pack(self, parts: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
         """HF parts -> the one Megatron-Core tensor, unsplit."""
+        if self.is_turned:
+            parts = [turned(part) for part in parts]
+        if self.whole:
+            parts = self._apart(parts[0], config)
         if len(parts) == 1:
             return parts[0]
         views = [_resolve(v, p.shape[0]) for v, p in zip(self.views(config), parts, strict=True)]
@@ -56,19 +66,25 @@ class Layout:
     def unpack(self, packed: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
         """The inverse of `pack`: the one Megatron-Core tensor -> HF parts."""
         blocks, groups = self._blocks(packed.shape[0], config)
-        if len(blocks) == 1:
-            return [packed]
         starts = [sum(blocks[:i]) for i in range(len(blocks))]
         stride = sum(blocks)
-        return [
-            join_rows([packed] * groups, [(g * stride + s, g * stride + s + b) for g in range(groups)])
-            for s, b in zip(starts, blocks, strict=True)
-        ]
+        parts = (
+            [packed]
+            if len(blocks) == 1
+            else [
+                join_rows([packed] * groups, [(g * stride + s, g * stride + s + b) for g in range(groups)])
+                for s, b in zip(starts, blocks, strict=True)
+            ]
+        )
+        if self.whole:
+            parts = [InTurn(parts) if self.whole == "in turn" else join_rows(parts)]
+        return [turned(part) for part in parts] if self.is_turned else parts
 
     def part_shapes(self, shape: tuple[int, ...], config: ModelConfig) -> list[tuple[int, ...]]:
         """The shapes of the HF parts of a packed tensor of this shape."""
         blocks, groups = self._blocks(shape[0], config)
-        return [(groups * b, *shape[1:]) for b in blocks]
+        shapes = [(groups * b, *shape[1:]) for b in ([sum(blocks)] if self.whole else blocks)]
+        return [part[::-1] for part in shapes] if self.is_turned else shapes
 
     def boxes(self, shape: tuple[int, ...], config: ModelConfig, tp_size: int) -> list[list[Box]]:
         """What each TP rank owns of a packed tensor of this shape: boxes in ascending order.
@@ -89,6 +105,13 @@ class Layout:
         count = view[self.tp]
         step = self._divide(count, tp_size, self._axis_name()) * (shape[0] // (outer * count))
         return [[Box(o * (shape[0] // outer) + r * step, step) for o in range(outer)] for r in range(tp_size)]
+
+    def _apart(self, whole: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
+        blocks, groups = self._blocks(whole.shape[0], config)
+        if self.whole == "in turn":
+            return [EveryNth(whole, number, len(blocks)) for number in range(len(blocks))]
+        ends = [groups * sum(blocks[: i + 1]) for i in range(len(blocks))]
+        return [rows(whole, end - groups * b, end) for end, b in zip(ends, blocks, strict=True)]
 
     def _blocks(self, packed_rows: int, config: ModelConfig) -> tuple[list[int], int]:
         views = self.views(config)
@@ -132,3 +155,13 @@ GATED = Layout("gated", views=lambda config: [(1, -1), (1, -1)], tp=1)
 """[gate_proj; up_proj]: each half is cut."""
 QKV = Layout("qkv", views=_qkv_views, join=1, tp=0)
 """For each query group its query heads, its key head, its value head: groups are cut."""
+
+ROW_TURNED = replace(ROW, is_turned=True)
+GATED_WHOLE = replace(GATED, whole="rows")
+"""gate_proj and up_proj are one HF tensor, one below the other."""
+GATED_IN_TURN = replace(GATED, whole="in turn")
+"""A row of gate_proj, a row of up_proj, and so on."""
+GATED_COLUMNS_IN_TURN = replace(GATED_IN_TURN, is_turned=True)
+"""The same of columns: HF holds [inputs, outputs]."""
+QKV_WHOLE = replace(QKV, whole="rows")
+"""All queries, then all keys, then all values in one HF tensor."""

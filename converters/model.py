@@ -15,14 +15,17 @@ from ckptbridge.converters.errors import BadInputError, NotSupportedError, told
 from ckptbridge.converters.fields import read_config, write_config
 from ckptbridge.converters.formats import Format, MegatronFormat, detect_format, open_megatron
 from ckptbridge.converters.fp8_folder import dequantised
+from ckptbridge.converters.further_layers import as_saved_by_hf, as_saved_by_megatron, without_copies
 from ckptbridge.converters.fused_experts import with_experts_apart
 from ckptbridge.converters.hf_folder import HfFolder, find_assets, open_hf_folder, read_json
 from ckptbridge.converters.mapping import Family, check_names_and_shapes, packed
-from ckptbridge.converters.mcore.args import check_agreement, config_from_args
+from ckptbridge.converters.mcore.agreement import check_agreement
+from ckptbridge.converters.mcore.args_reading import config_from_args
 from ckptbridge.converters.mcore.keys import decoder_name
 from ckptbridge.converters.mcore.megatron_folder import MegatronFolder
 from ckptbridge.converters.mcore.run_config import args_of_run_config
 from ckptbridge.converters.model_config import ModelConfig
+from ckptbridge.converters.mxfp4 import without_mxfp4
 from ckptbridge.converters.registry import family_named, family_of, family_that_expresses
 from ckptbridge.converters.tensors import Checkpoint, Computed, LazyTensor, Stored
 
@@ -84,14 +87,14 @@ def model_of_folder(folder: HfFolder, ignore: Iterable[str] = ()) -> Model:
     """The model of an opened Hugging Face folder, its names and shapes checked. Raises as `open_model` does."""
     path, stored, ignore = folder.path, folder, tuple(ignore)
     where = str(path / "config.json")
-    folder = dequantised(stored, ignore)
+    folder = dequantised(without_mxfp4(stored, ignore), ignore)
     family = family_of(folder.config, where)
-    config = read_config(family.fields, folder.config, where, ignore)
+    config, missing = as_saved_by_hf(read_config(family.fields, folder.config, where, ignore), folder.tensors)
     expected = {n: s for m in family.moves(config) for n, s in zip(m.hf, m.hf_shapes, strict=True)}
     ignored = {name.format(layer=layer) for name in family.ignored for layer in range(config.num_layers)}
-    notes = [*folder.notes]
-    dropped: set[str] = set()
-    found = with_experts_apart(folder.tensors, family, config, str(path))
+    notes = [*folder.notes, *missing]
+    dropped = set(family.copied(config))
+    found = with_experts_apart(without_copies(folder.tensors, family, config, str(path)), family, config, str(path))
     if "lm_head.weight" in found and "lm_head.weight" not in expected:
         notes.append(_drop_tied_head(path, found))
         dropped.add("lm_head.weight")
@@ -147,7 +150,7 @@ def _open_megatron(path: Path, found: MegatronFormat, hf_config: Path | None, ig
     if hf_file is not None:
         raw = read_json(hf_file)
         family = family_of(raw, str(hf_file))
-        config = read_config(family.fields, raw, str(hf_file), ignore)
+        config = as_saved_by_megatron(read_config(family.fields, raw, str(hf_file), ignore), folder.sources())
         if args is not None:
             named_vocab = (getattr(args, "vocab_size", None), getattr(args, "padded_vocab_size", None))
             check_agreement(config, config_from_args(args, where), str(hf_file), where, named_vocab)

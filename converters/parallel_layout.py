@@ -86,8 +86,8 @@ class ParallelLayout:
         return [list(chunks) for chunks in _stages(self, num_layers)]
 
     def stage_of_layer(self, layer: int, num_layers: int) -> int:
-        """The pipeline rank of a layer."""
-        return _stage_of_layer(self, num_layers)[layer]
+        """The pipeline rank of a layer; those behind the last, which predict further tokens, are where it is."""
+        return _stage_of_layer(self, num_layers)[layer] if layer < num_layers else self.pp - 1
 
     def file_ranks(self) -> list[tuple[int, int]]:
         """The (tp, ep) ranks of a pipeline stage that exist together in Megatron's order of ranks.

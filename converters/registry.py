@@ -5,9 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from ckptbridge.converters.errors import BadInputError, NotSupportedError, told
+from ckptbridge.converters.families.gpt_oss import GPT_OSS
+from ckptbridge.converters.families.deepseek_v3 import DEEPSEEK_V3
+from ckptbridge.converters.families.gemma import GEMMA
+from ckptbridge.converters.families.gemma2 import GEMMA2
+from ckptbridge.converters.families.gemma3 import GEMMA3
+from ckptbridge.converters.families.granite import GRANITE, GRANITE_MOE
 from ckptbridge.converters.families.llama import LLAMA
+from ckptbridge.converters.families.minimax_m2 import MINIMAX_M2
 from ckptbridge.converters.families.mistral import MISTRAL
 from ckptbridge.converters.families.mixtral import MIXTRAL
+from ckptbridge.converters.families.nemotron import NEMOTRON
+from ckptbridge.converters.families.olmo2 import OLMO2
+from ckptbridge.converters.families.olmoe import OLMOE
+from ckptbridge.converters.families.phi3 import PHI3
+from ckptbridge.converters.families.phimoe import PHIMOE
 from ckptbridge.converters.families.qwen2 import QWEN2
 from ckptbridge.converters.families.qwen2_moe import QWEN2_MOE
 from ckptbridge.converters.families.qwen3 import QWEN3
@@ -16,7 +28,28 @@ from ckptbridge.converters.fields import write_config
 from ckptbridge.converters.mapping import Family
 from ckptbridge.converters.model_config import ModelConfig
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE)
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+    DEEPSEEK_V3,
+    PHI3,
+    OLMO2,
+    OLMOE,
+    MINIMAX_M2,
+    PHIMOE,
+    NEMOTRON,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GRANITE,
+    GRANITE_MOE,
+    GPT_OSS,
+)
 """In the order in which a Megatron checkpoint without a config.json is tried: the first that can express it wins."""
 
 
@@ -27,7 +60,9 @@ def family_of(hf_config: dict[str, Any], where: str) -> Family:
         raise BadInputError(f"{where}: architectures is {told(names)}; expected a list of class names")
     kind = hf_config.get("model_type")
     for family in FAMILIES:
-        if family.architecture in names or (not names and kind == family.name):
+        if any(name in names for name in (family.architecture, *family.spellings)) or (
+            not names and kind == family.name
+        ):
             return family
     known = ", ".join(f.architecture for f in FAMILIES)
     raise NotSupportedError(

@@ -24,7 +24,6 @@ from ckptbridge.converters.convert import (
 )
 from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.mapping import check_names_and_shapes
-from ckptbridge.converters.mcore.args import megatron_notes
 from ckptbridge.converters.mcore.carried import (
     carried_args,
     carried_items,
@@ -34,6 +33,7 @@ from ckptbridge.converters.mcore.carried import (
 from ckptbridge.converters.mcore.legacy.reader import LegacyFolder
 from ckptbridge.converters.mcore.legacy.writer import LegacyWriter
 from ckptbridge.converters.mcore.megatron_folder import MegatronFolder
+from ckptbridge.converters.mcore.notes import megatron_notes
 from ckptbridge.converters.mcore.optimizer.buffers import bucket_size
 from ckptbridge.converters.mcore.optimizer.legacy_writer import OptimizerBeside
 from ckptbridge.converters.mcore.optimizer.settings import (

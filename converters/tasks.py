@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ckptbridge.converters.output import OutputFile, Piece
-from ckptbridge.converters.tensors import LazyTensor, Rows, Zeros
+from ckptbridge.converters.tensors import LazyTensor, Reshaped, Rows, Zeros
 
 MOST_FILES = 16
 """In one bundle: they are open at the same time, and a run that is stopped begins them anew."""
@@ -45,7 +45,10 @@ def tasks_of(files: Sequence[OutputFile]) -> list[Task]:
     by_tensor: dict[object, Outlet] = {}
     for number, file in enumerate(files):
         for piece in file.pieces:
-            by_tensor.setdefault(_identity(piece.tensor), Outlet(piece.tensor)).places.append((number, piece))
+            tensor = piece.tensor
+            while isinstance(tensor, Reshaped):  # the bytes are the same, in smaller rows
+                tensor = tensor.tensor
+            by_tensor.setdefault(_identity(tensor), Outlet(tensor)).places.append((number, piece))
     outlets = list(by_tensor.values())
     first_of_leaf: dict[int, int] = {}
     joined = list(range(len(outlets)))

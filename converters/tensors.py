@@ -58,7 +58,7 @@ class LazyTensor(ABC):
 
     def cast(self, dtype: torch.dtype) -> LazyTensor:
         """The tensor in another dtype; see the function `cast`."""
-        return RowMap(self, self.shape, dtype, lambda rows: rows.to(dtype), prod(self.shape[1:]) * dtype.itemsize)
+        return Cast(self, self.shape, dtype, lambda rows: rows.to(dtype), prod(self.shape[1:]) * dtype.itemsize)
 
     def columns(self, start: int, stop: int) -> LazyTensor:
         """Some columns of a tensor; see the function `columns`."""
@@ -159,6 +159,10 @@ class RowMap(LazyTensor):
     @property
     def work_row_nbytes(self) -> int:
         return self.base.work_row_nbytes + self.extra_nbytes
+
+
+class Cast(RowMap):
+    """The same elements in another dtype."""
 
 
 class Beside(LazyTensor):
@@ -319,7 +323,7 @@ def reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
 
 
 class Reshaped(LazyTensor):
-    """A small tensor whose rows do not survive a reshape: it is read whole whenever a part is wanted."""
+    """The same bytes as another tensor. If its rows are no whole rows of that, it is read whole for each part."""
 
     def __init__(self, tensor: LazyTensor, shape: tuple[int, ...]) -> None:
         self.tensor, self.shape, self.dtype = tensor, shape, tensor.dtype
@@ -327,8 +331,15 @@ class Reshaped(LazyTensor):
     def bases(self) -> Sequence[LazyTensor]:
         return (self.tensor,)
 
+    def extents(self) -> Sequence[Extent] | None:
+        return self.tensor.extents()
+
     def read_rows(self, start: int, stop: int) -> Tensor:
-        return self.tensor.read().reshape(self.shape)[start:stop]
+        wide, narrow = prod(self.shape[1:]), prod(self.tensor.shape[1:])
+        if not self.shape or not narrow or wide % narrow:
+            return self.tensor.read().reshape(self.shape)[start:stop]
+        count = wide // narrow
+        return self.tensor.read_rows(start * count, stop * count).reshape(stop - start, *self.shape[1:])
 
 
 def cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:

@@ -7,13 +7,16 @@ no norm is one, no bias is zero, and attention is sharp enough that a wrong rope
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import torch
 from torch import Tensor
+
+from tests.tiny_families import FURTHER
+from tests.tiny_further import add_further_layers
+from tests.tiny_model import TinyModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,19 +62,6 @@ _LLAMA3_ROPE: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TinyModel:
-    """A transformers class (its name without "Config") and what its config has beside the common sizes."""
-
-    hf_class: str
-    config: dict[str, Any] = field(default_factory=dict)
-    max_shard_size: str = "5GB"
-
-    @property
-    def is_moe(self) -> bool:
-        return "num_experts_per_tok" in self.config
-
-
 TINY: dict[str, TinyModel] = {
     "llama": TinyModel(hf_class="Llama"),
     "llama_tied": TinyModel(hf_class="Llama", config={"tie_word_embeddings": True}),
@@ -102,28 +92,36 @@ TINY: dict[str, TinyModel] = {
 }
 
 
+EVERY = TINY | FURTHER
+"""TINY goes through every test of the engine, FURTHER through the oracles of families."""
+
+
 def token_ids(batch: int = 2, length: int = SEQUENCE_LENGTH) -> Tensor:
     """The text of every test: the same random tokens [batch, length] each time."""
     return torch.randint(0, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(5))
 
 
-def build_tiny(name: str) -> PreTrainedModel:
-    """The fp32 model TINY[name], in eval mode; its weights depend on the name alone."""
+def build_tiny(name: str, more_layers: int = 0) -> PreTrainedModel:
+    """The fp32 model EVERY[name], in eval mode; its weights depend on the name alone (and on `more_layers`)."""
     import transformers
 
-    variant = TINY[name]
-    config = getattr(transformers, f"{variant.hf_class}Config")(**_SIZES | variant.config)
+    variant = EVERY[name]
+    sizes = {key: value for key, value in _SIZES.items() if key not in variant.without}
+    sizes["num_hidden_layers"] += more_layers
+    config = getattr(transformers, f"{variant.hf_class}Config")(**sizes | variant.config)
     config._attn_implementation = "eager"
     config.dtype = torch.float32
-    model = getattr(transformers, f"{variant.hf_class}ForCausalLM")(config).float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     _fill(model, torch.Generator().manual_seed(crc32(name.encode())))
     return model
 
 
 def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write TINY[name] as a Hugging Face folder of safetensors files; returns the folder."""
+    """Write EVERY[name] as a Hugging Face folder of safetensors files; returns the folder."""
     model = build_tiny(name).to(dtype)
-    model.save_pretrained(folder, max_shard_size=TINY[name].max_shard_size)
+    model.save_pretrained(folder, max_shard_size=EVERY[name].max_shard_size)
+    if count := EVERY[name].further_layers:
+        add_further_layers(folder, build_tiny(name, more_layers=count).to(dtype), NUM_LAYERS)
     return folder
 
 
@@ -138,18 +136,25 @@ def reference_logits(source: PreTrainedModel | Path, tokens: Tensor) -> Tensor:
 
 
 # Sharp attention and decided routers; any sharper (2.0), and another order of summation costs 5e-6 of a logit.
-_SCALES = {"q_proj": 1.4, "k_proj": 1.4, "mlp.gate.": 2.0}
+_SCALES = {
+    **{"q_proj": 1.4, "qkv_proj": 1.2, "k_proj": 1.4, "mlp.gate.": 2.0},
+    **{"q_b_proj": 1.4, "kv_a_proj": 1.4, "kv_b_proj": 1.4},
+}
 
 
 def _fill(model: PreTrainedModel, generator: torch.Generator) -> None:
     """Draw every weight so that each one matters: a scale per kind, found by its name."""
+    around = 0 if model.config.model_type.startswith(("gemma", "nemotron")) else 1  # what these norms add to one
     with torch.no_grad():
         for name, weight in model.named_parameters():
             drawn = torch.randn(weight.shape, generator=generator)
             if weight.ndim == 1:
-                weight.copy_(0.3 * drawn if name.endswith("bias") else 1 + 0.3 * drawn)
+                weight.copy_(around * (not name.endswith("bias")) + 0.3 * drawn)
             elif "embed_tokens" in name:
                 weight.copy_(0.1 * drawn)  # small, so that the norms' epsilon is felt
             else:
                 scale = next((scale for part, scale in _SCALES.items() if part in name), 0.6)
                 weight.copy_(scale * weight.shape[-1] ** -0.5 * drawn)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))

@@ -1,6 +1,6 @@
 """Causal self-attention over grouped queries, in Megatron-Core's packed layout.
 
-Shapes: B batch, S sequence, H hidden_size, N heads, G query groups, D head dim.
+Shapes: B batch, S sequence, H hidden_size, N heads, G query groups, P heads a group, D head dim, R channels that turn.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ckptbridge.converters.model_config import ModelConfig
-from ckptbridge.trainer.norm import Norm, NormLinear
+from ckptbridge.trainer.norm import LinearNorm, Norm, NormLinear
 from ckptbridge.trainer.rope import rope_table, rotate
 
 
@@ -20,8 +20,11 @@ from ckptbridge.trainer.rope import rope_table, rotate
 class Positions:
     """What every layer's attention needs to know of positions: computed once a forward pass."""
 
-    cos_SD: Tensor
-    sin_SD: Tensor
+    cos_SR: Tensor
+    sin_SR: Tensor
+    local_cos_SR: Tensor
+    """For layers with a window; the same tensor where they turn like the others."""
+    local_sin_SR: Tensor
     window_SS: Tensor | None
     """True at [query, key] where a sliding window lets the query see the key; None when causal order is all."""
 
@@ -29,30 +32,39 @@ class Positions:
 def positions(config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> Positions:
     """Positions [0, length) of a model; the window's mask only where the window is shorter than the sequence."""
     cos, sin = rope_table(config, length, device, dtype)
+    is_local_other = config.local_rotary_base is not None
+    local = rope_table(config, length, device, dtype, is_local=True) if is_local_other else (cos, sin)
     if config.window_size is None or config.window_size >= length:
-        return Positions(cos, sin, None)
+        return Positions(cos, sin, *local, None)
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
-    return Positions(cos, sin, (distance >= 0) & (distance < config.window_size))
+    return Positions(cos, sin, *local, (distance >= 0) & (distance < config.window_size))
 
 
 class SelfAttention(nn.Module):
     """Norm, one product for queries, keys and values, rotation, attention, output projection.
 
     Rows of `linear_qkv.weight` lie group by group: the group's N/G query heads, its key head, its value head.
+    `number` is the layer's: some models have a window in some layers only.
     """
 
-    def __init__(self, config: ModelConfig, backend: str) -> None:
+    def __init__(self, config: ModelConfig, number: int, backend: str) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.has_window = config, config.has_window(number)
         rows = (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels
-        self.linear_qkv = NormLinear(
-            config.hidden_size, rows, config.layernorm_epsilon, backend, bias=config.add_qkv_bias
-        )
+        self.linear_qkv = NormLinear(config.hidden_size, rows, config, backend, bias=config.add_qkv_bias)
         if config.qk_layernorm:
-            self.q_layernorm = Norm(config.kv_channels, config.layernorm_epsilon, backend)
-            self.k_layernorm = Norm(config.kv_channels, config.layernorm_epsilon, backend)
-        self.linear_proj = nn.Linear(config.num_attention_heads * config.kv_channels, config.hidden_size, bias=False)
+            heads = (config.num_attention_heads, config.num_query_groups) if config.qk_layernorm_whole else (1, 1)
+            self.q_layernorm = Norm(heads[0] * config.kv_channels, config, backend)
+            self.k_layernorm = Norm(heads[1] * config.kv_channels, config, backend)
+        self.core_attention = CoreAttention(config)
+        self.linear_proj = LinearNorm(
+            config.num_attention_heads * config.kv_channels,
+            config.hidden_size,
+            config,
+            backend,
+            bias=config.add_proj_bias,
+        )
 
     def forward(self, x_BSH: Tensor, where: Positions) -> Tensor:
         """What attention adds to the residual stream, [B, S, H]; the norm before it is applied here."""
@@ -61,14 +73,61 @@ class SelfAttention(nn.Module):
         qkv = self.linear_qkv(x_BSH).unflatten(2, (config.num_query_groups, per_group + 2, config.kv_channels))
         q, k, v = qkv.split((per_group, 1, 1), dim=3)
         q, k, v = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
-        if config.qk_layernorm:
+        if config.qk_layernorm and config.qk_layernorm_whole:
+            q = self.q_layernorm(q.flatten(2)).view_as(q)
+            k = self.k_layernorm(k.flatten(2)).view_as(k)
+        elif config.qk_layernorm:
             q, k = self.q_layernorm(q.contiguous()), self.k_layernorm(k.contiguous())
-        out_BNSD = F.scaled_dot_product_attention(
-            rotate(q.transpose(1, 2), where.cos_SD, where.sin_SD),
-            rotate(k.transpose(1, 2), where.cos_SD, where.sin_SD),
+        cos_SR, sin_SR = where.cos_SR, where.sin_SR
+        if self.has_window:
+            cos_SR, sin_SR = where.local_cos_SR, where.local_sin_SR
+        out_BNSD = self.core_attention(
+            rotate(q.transpose(1, 2), cos_SR, sin_SR),
+            rotate(k.transpose(1, 2), cos_SR, sin_SR),
             v.transpose(1, 2),
-            attn_mask=where.window_SS,
-            is_causal=where.window_SS is None,
-            enable_gqa=per_group > 1,
+            where.window_SS if self.has_window else None,
         )
         return self.linear_proj(out_BNSD.transpose(1, 2).flatten(2))
+
+
+class CoreAttention(nn.Module):
+    """Scores, their softmax, and the values it weighs.
+
+    With sinks the parameter `softmax_offset` [N] holds one more score for each head: it joins the softmax, and
+    what it gets goes to no value.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.scale, self.cap = config.softmax_scale, config.attn_logit_softcapping
+        learnable = config.softmax_type == "learnable"
+        self.register_parameter(
+            "softmax_offset", nn.Parameter(torch.empty(config.num_attention_heads)) if learnable else None
+        )
+
+    def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window_SS: Tensor | None) -> Tensor:
+        """Causal attention [B, N, S, D of the values]; `window_SS` is True where a query sees a key."""
+        if self.softmax_offset is None and self.cap is None:
+            return F.scaled_dot_product_attention(
+                q_BNSD,
+                k_BGSD,
+                v_BGSD,
+                attn_mask=window_SS,
+                is_causal=window_SS is None,
+                scale=self.scale,
+                enable_gqa=q_BNSD.shape[1] > k_BGSD.shape[1],
+            )
+        groups, length, width = k_BGSD.shape[1:]
+        q_BGPSD = q_BNSD.unflatten(1, (groups, -1))
+        scale = width**-0.5 if self.scale is None else self.scale
+        scores = torch.matmul(q_BGPSD, k_BGSD[:, :, None].transpose(-1, -2)).float() * scale
+        if self.cap is not None:
+            scores = torch.tanh(scores / self.cap) * self.cap
+        if window_SS is None:
+            window_SS = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~window_SS, float("-inf"))
+        if self.softmax_offset is not None:
+            sinks = self.softmax_offset.float().view(groups, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat((scores, sinks), -1)
+        weights_BGPSS = scores.softmax(-1)[..., :length].to(v_BGSD.dtype)
+        return torch.matmul(weights_BGPSS, v_BGSD[:, :, None]).flatten(1, 2)

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ckptbridge.converters.model_config import ModelConfig
-from ckptbridge.kernels.swiglu import swiglu
+from ckptbridge.trainer.activations import activated, fc1_rows
 from ckptbridge.trainer.attention import Positions, SelfAttention, positions
+from ckptbridge.trainer.computed import COMPUTED, refuse_beyond
+from ckptbridge.trainer.further_layers import FurtherLayers
+from ckptbridge.trainer.latent_attention import LatentAttention
 from ckptbridge.trainer.mixture import Balance, Mixture
-from ckptbridge.trainer.norm import Norm, NormLinear
+from ckptbridge.trainer.norm import LinearNorm, Norm, NormLinear
 
 OnStage = Callable[[str, Tensor], None]
 """Called with the name of a module ("decoder.layers.3") and its output [B, S, ...]."""
@@ -47,17 +50,20 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: str = "reference") -> None:
         super().__init__()
+        refuse_beyond(config, COMPUTED, "this package's decoder")
         self.config = config
         self.embedding = Embedding(config)
         self.decoder = Layers(config, backend)
+        if config.mtp_num_layers:
+            self.mtp = FurtherLayers(config, backend, lambda number: Layer(config, number, backend))
         if not config.share_embeddings_and_output_weights:
-            self.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=config.add_output_layer_bias)
 
     def forward(self, tokens_BS: Tensor, on_stage: OnStage | None = None) -> DecoderOutput:
         """Hidden states of every token; `on_stage` sees the embedding, each layer and the final norm."""
         observe = on_stage or _nothing
         weight_VH = self.embedding.word_embeddings.weight
-        x_BSH = self.embedding.word_embeddings(tokens_BS)
+        x_BSH = self.embedding(tokens_BS)
         observe("embedding", x_BSH)
         where = positions(self.config, tokens_BS.shape[1], x_BSH.device, weight_VH.dtype)
         balance: dict[int, Balance] = {}
@@ -78,13 +84,28 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., H] that `forward` returned."""
-        return F.linear(hidden, self.output_weight_VH)
+        config = self.config
+        logits = F.linear(
+            hidden, self.output_weight_VH, self.output_layer.bias if config.add_output_layer_bias else None
+        )
+        if config.logits_divisor != 1:
+            logits = logits / config.logits_divisor
+        if config.final_logit_softcapping is not None:
+            logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+        return logits
 
 
 class Embedding(nn.Module):
+    """Rows of the embedding by token id, times `embedding_multiplier` rounded to their dtype."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.multiplier = config.embedding_multiplier
         self.word_embeddings = WordEmbeddings(config.vocab_size, config.hidden_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.word_embeddings(tokens)
+        return x if self.multiplier == 1 else x * torch.tensor(self.multiplier, dtype=x.dtype)
 
 
 class WordEmbeddings(nn.Module):
@@ -102,7 +123,7 @@ class Layers(nn.Module):
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(config, number, backend) for number in range(config.num_layers))
-        self.final_layernorm = Norm(config.hidden_size, config.layernorm_epsilon, backend)
+        self.final_layernorm = Norm(config.hidden_size, config, backend)
 
 
 class Layer(nn.Module):
@@ -110,32 +131,43 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, number: int, backend: str) -> None:
         super().__init__()
-        self.self_attention = SelfAttention(config, backend)
+        self.multiplier = config.residual_multiplier
+        self.self_attention: SelfAttention | LatentAttention
+        if config.multi_latent_attention:
+            self.input_layernorm = Norm(config.hidden_size, config, backend)
+            self.self_attention = LatentAttention(config, backend)
+        else:
+            self.self_attention = SelfAttention(config, number, backend)
         if config.is_moe_layer(number):
-            self.pre_mlp_layernorm = Norm(config.hidden_size, config.layernorm_epsilon, backend)
+            self.pre_mlp_layernorm = Norm(config.hidden_size, config, backend)
             self.mlp: Mixture | Mlp = Mixture(config, backend)
         else:
             self.mlp = Mlp(config, backend)
 
     def forward(self, x_BSH: Tensor, where: Positions) -> tuple[Tensor, Balance | None]:
-        x_BSH = x_BSH + self.self_attention(x_BSH, where)
+        normed_BSH = self.input_layernorm(x_BSH) if isinstance(self.self_attention, LatentAttention) else x_BSH
+        x_BSH = self._added(x_BSH, self.self_attention(normed_BSH, where))
         if isinstance(self.mlp, Mlp):
-            return x_BSH + self.mlp(x_BSH), None
+            return self._added(x_BSH, self.mlp(x_BSH)), None
         out_TH, balance = self.mlp(self.pre_mlp_layernorm(x_BSH).flatten(0, 1))
-        return x_BSH + out_TH.view_as(x_BSH), balance
+        return self._added(x_BSH, out_TH.view_as(x_BSH)), balance
+
+    def _added(self, x_BSH: Tensor, out_BSH: Tensor) -> Tensor:
+        return x_BSH + (out_BSH if self.multiplier == 1 else out_BSH * self.multiplier)
 
 
 class Mlp(nn.Module):
-    """SwiGLU between two linear layers; the norm before it is the first one's. fc1 rows are gate_proj, then up_proj."""
+    """Two linear layers, the norms around them theirs. Of a gated unit fc1's rows are gate_proj, then up_proj."""
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
-        self.backend = backend
-        self.linear_fc1 = NormLinear(config.hidden_size, 2 * config.ffn_hidden_size, config.layernorm_epsilon, backend)
-        self.linear_fc2 = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+        self.config, self.backend = config, backend
+        hidden, ffn, bias = config.hidden_size, config.ffn_hidden_size, config.add_mlp_bias
+        self.linear_fc1 = NormLinear(hidden, fc1_rows(config, ffn), config, backend, bias=bias)
+        self.linear_fc2 = LinearNorm(ffn, hidden, config, backend, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_fc2(swiglu(self.linear_fc1(x), backend=self.backend))
+        return self.linear_fc2(activated(self.linear_fc1(x), self.config, self.backend))
 
 
 def _nothing(name: str, output: Tensor) -> None:

@@ -12,6 +12,7 @@ from ckptbridge.converters.fold import folded
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.tensors import Checkpoint, LazyTensor
 from ckptbridge.trainer.decoder import Decoder
+from ckptbridge.trainer.router import Router
 
 _READ_BYTES = 64 << 20
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -21,7 +22,11 @@ def empty_decoder(config: ModelConfig, backend: str, dtype: torch.dtype, device:
     """A decoder in memory whose parameters are NaN: what nobody writes afterwards shows in `check_values`."""
     with torch.device("meta"):
         decoder = Decoder(config, backend)
-    decoder = decoder.to(dtype).to_empty(device=device)
+    decoder = decoder.to(dtype)
+    for module in decoder.modules():
+        if isinstance(module, Router) and module.expert_bias is not None:
+            module.expert_bias.data = module.expert_bias.data.float()  # rounded, it would choose other experts
+    decoder = decoder.to_empty(device=device)
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.fill_(float("nan"))
@@ -72,11 +77,12 @@ def _copy(source: LazyTensor, target: Tensor) -> None:
         target[start:stop].copy_(source.read_rows(start, stop))
 
 
-def check_values(decoder: nn.Module) -> None:
+def check_values(decoder: Decoder) -> None:
     """Refuse weights that no training produces: NaN, infinity, a root mean square above 1000, a blank matrix.
 
     Matrices that may start at zero are let through: biases, routers, shared experts, and the projections back
-    into the residual stream (linear_proj, linear_fc2), which some add-on layers begin with.
+    into the residual stream (linear_proj, linear_fc2), which some add-on layers begin with, and norms that are
+    around zero.
     Raises BadInputError with every offender.
     """
     problems: dict[str, list[str]] = {}
@@ -88,7 +94,7 @@ def check_values(decoder: nn.Module) -> None:
                 problems.setdefault("holds NaN or infinity, or was never written", []).append(name)
             elif size > 1000:
                 problems.setdefault("has a root mean square above 1000", []).append(name)
-            elif size == 0 and not _may_be_zero(name):
+            elif size == 0 and not _may_be_zero(name, norms=decoder.config.layernorm_zero_centered_gamma):
                 problems.setdefault("is zero throughout", []).append(name)
     if problems:
         lines = [f"{name} {problem}" for problem, names in problems.items() for name in folded(names)]
@@ -97,6 +103,6 @@ def check_values(decoder: nn.Module) -> None:
         )
 
 
-def _may_be_zero(name: str) -> bool:
+def _may_be_zero(name: str, *, norms: bool) -> bool:
     parts = ("bias", "router", "shared_experts", "linear_proj.weight", "linear_fc2.weight")
-    return any(part in name for part in parts)
+    return any(part in name for part in parts) or (norms and "norm" in name)

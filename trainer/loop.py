@@ -13,6 +13,7 @@ import torch
 from ckptbridge.converters.errors import BadInputError, StorageError
 from ckptbridge.converters.model import Model, decoder_tensors
 from ckptbridge.trainer.checkpoint import complete_checkpoints, resume, save
+from ckptbridge.trainer.computed import TRAINED, refuse_beyond
 from ckptbridge.trainer.data import TokenStream, held_out_batches
 from ckptbridge.trainer.decoder import Decoder
 from ckptbridge.trainer.documents import Documents
@@ -67,6 +68,7 @@ def _train(recipe: Recipe, on_step: OnStep | None) -> TrainResult:
     run.mkdir(parents=True, exist_ok=True)
     with machine_of(recipe) as machine:
         source = open_source(recipe.model)
+        refuse_beyond(source.config, TRAINED, "training")
         save_recipe(recipe, run / "recipe.yaml")
         tokens = _tokens(recipe, source)
         stream = TokenStream(tokens, recipe.data)

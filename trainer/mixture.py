@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.kernels.swiglu import swiglu
+from ckptbridge.trainer.activations import activated, fc1_rows
 from ckptbridge.trainer.dispatch import Order, combine, dispatch
 from ckptbridge.trainer.grouped_linear import grouped_linear
 from ckptbridge.trainer.router import Router, load_balancing_loss
@@ -53,25 +54,36 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
-        self.backend = backend
-        experts, hidden = config.num_moe_experts or 0, config.hidden_size
+        self.config, self.backend = config, backend
+        experts, hidden, bias = config.num_moe_experts or 0, config.hidden_size, config.add_mlp_bias
         ffn = config.moe_ffn_hidden_size or 0
         self.experts = nn.ModuleDict(
-            {"linear_fc1": Stacked(experts, 2 * ffn, hidden), "linear_fc2": Stacked(experts, hidden, ffn)}
+            {
+                "linear_fc1": Stacked(experts, fc1_rows(config, ffn), hidden, bias=bias),
+                "linear_fc2": Stacked(experts, hidden, ffn, bias=bias),
+            }
         )
 
     def forward(self, x_RH: Tensor, rows_E: Tensor) -> Tensor:
         rows = rows_E.tolist()
-        hidden_RF = swiglu(grouped_linear(x_RH, self.experts["linear_fc1"].weight, rows), backend=self.backend)
-        return grouped_linear(hidden_RF, self.experts["linear_fc2"].weight, rows)
+        hidden_RF = activated(self.experts["linear_fc1"](x_RH, rows), self.config, self.backend)
+        return self.experts["linear_fc2"](hidden_RF, rows)
 
 
 class Stacked(nn.Module):
-    """One matrix an expert: weight [E, outputs, inputs]."""
+    """One matrix an expert: weight [E, outputs, inputs]; with `bias`, one vector too: [E, outputs]."""
 
-    def __init__(self, experts: int, outputs: int, inputs: int) -> None:
+    def __init__(self, experts: int, outputs: int, inputs: int, *, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+        self.register_parameter("bias", nn.Parameter(torch.empty(experts, outputs)) if bias else None)
+
+    def forward(self, x_RI: Tensor, rows_E: list[int]) -> Tensor:
+        """The first rows_E[0] rows through expert 0's matrix, the next rows_E[1] through expert 1's: [R, outputs]."""
+        out_RO = grouped_linear(x_RI, self.weight, rows_E)
+        if self.bias is None:
+            return out_RO
+        return out_RO + self.bias.repeat_interleave(torch.tensor(rows_E, device=self.bias.device), dim=0)
 
 
 class SharedExperts(nn.Module):

@@ -1,4 +1,7 @@
-"""RMSNorm, alone and in front of a linear layer as Transformer Engine fuses them: the names follow from that."""
+"""Norms, alone and in front of a linear layer as Transformer Engine fuses them: the names follow from that.
+
+RMSNorm, or LayerNorm with a bias; of either, the stored weight may be what has to be added to one.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +9,70 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.kernels.rms_norm import rms_norm
 
 
-class Norm(nn.Module):
-    """RMSNorm over the last dim: the mean square and the division in fp32, whatever the dtype of the input."""
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, config: ModelConfig, backend: str) -> Tensor:
+    """x [..., H] normed over its last dim, computed in fp32 whatever the dtype of x, in the dtype of x.
 
-    def __init__(self, size: int, epsilon: float, backend: str) -> None:
+    A plain RMSNorm rounds before it multiplies by the weight, as Llama does; any other rounds once, at its end.
+    """
+    if config.normalization == "RMSNorm" and not config.layernorm_zero_centered_gamma:
+        return rms_norm(x, weight, config.layernorm_epsilon, backend=backend)
+    scale = weight.float() + 1 if config.layernorm_zero_centered_gamma else weight.float()
+    if config.normalization == "RMSNorm":
+        return F.rms_norm(x.float(), weight.shape, scale, config.layernorm_epsilon).to(x.dtype)
+    shift = None if bias is None else bias.float()
+    return F.layer_norm(x.float(), weight.shape, scale, shift, config.layernorm_epsilon).to(x.dtype)
+
+
+class Norm(nn.Module):
+    """The model's norm over the last dim, of `size` channels: `weight` and, for LayerNorm, `bias`."""
+
+    def __init__(self, size: int, config: ModelConfig, backend: str) -> None:
         super().__init__()
-        self.epsilon, self.backend = epsilon, backend
+        self.config, self.backend = config, backend
         self.weight = nn.Parameter(torch.empty(size))
+        self.register_parameter("bias", nn.Parameter(torch.empty(size)) if _has_bias(config) else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.epsilon, backend=self.backend)
+        return norm(x, self.weight, self.bias, self.config, self.backend)
 
 
 class NormLinear(nn.Module):
-    """RMSNorm and then a linear layer: parameters `layer_norm_weight`, `weight` and, if asked, `bias`."""
+    """A norm and then a linear layer: `layer_norm_weight`, for LayerNorm `layer_norm_bias`, `weight`, if asked `bias`.
 
-    def __init__(self, inputs: int, outputs: int, epsilon: float, backend: str, *, bias: bool = False) -> None:
+    Without `pre_layernorm` it is the linear layer alone.
+    """
+
+    def __init__(self, inputs: int, outputs: int, config: ModelConfig, backend: str, *, bias: bool = False) -> None:
         super().__init__()
-        self.epsilon, self.backend = epsilon, backend
-        self.layer_norm_weight = nn.Parameter(torch.empty(inputs))
+        self.config, self.backend = config, backend
+        has_norm = config.pre_layernorm
+        self.register_parameter("layer_norm_weight", nn.Parameter(torch.empty(inputs)) if has_norm else None)
+        has_shift = has_norm and _has_bias(config)
+        self.register_parameter("layer_norm_bias", nn.Parameter(torch.empty(inputs)) if has_shift else None)
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = rms_norm(x, self.layer_norm_weight, self.epsilon, backend=self.backend)
-        return F.linear(normed, self.weight, self.bias)
+        if self.layer_norm_weight is not None:
+            x = norm(x, self.layer_norm_weight, self.layer_norm_bias, self.config, self.backend)
+        return F.linear(x, self.weight, self.bias)
+
+
+class LinearNorm(nn.Linear):
+    """A linear layer back into the residual stream and, with `post_layernorm`, a norm of what it adds there."""
+
+    def __init__(self, inputs: int, outputs: int, config: ModelConfig, backend: str, *, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        self.post_layernorm = Norm(outputs, config, backend) if config.post_layernorm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out if self.post_layernorm is None else self.post_layernorm(out)
+
+
+def _has_bias(config: ModelConfig) -> bool:
+    return config.normalization == "LayerNorm"

@@ -70,5 +70,7 @@ def _forward(decoder: Decoder, batch_BS: Tensor, divisor: int) -> tuple[DecoderO
     """The output, and the sum of next-token losses over `divisor`."""
     output = decoder(batch_BS[:, :-1])
     hidden_TH = output.hidden_BSH.flatten(0, 1)
+    if (logits_divisor := decoder.config.logits_divisor) != 1:
+        hidden_TH = hidden_TH / logits_divisor
     targets_T = batch_BS[:, 1:].flatten()
     return output, linear_cross_entropy(hidden_TH, decoder.output_weight_VH, targets_T, divisor)

@@ -54,11 +54,12 @@ def mcore2hf(
     hf_config: o.HfConfig = None,
     ignore_config_field: o.IgnoreField = None,
     max_shard_size: o.MaxShardSize = "5GB",
+    quantize: o.Quantize = None,
 ) -> None:
     """Convert a Megatron-Core or legacy Megatron checkpoint to a Hugging Face folder."""
     from ckptbridge.converters.convert import plan_conversion
 
-    options = o.ConvertFlags(output=output, run=run, max_shard_size=max_shard_size).options()
+    options = o.ConvertFlags(output=output, run=run, max_shard_size=max_shard_size, quantize=quantize).options()
     start = time.perf_counter()
     model = opened(source, o.ReadFlags(hf_config=hf_config, ignore_config_field=ignore_config_field))
     if model.format == "hf":

@@ -23,15 +23,16 @@ MODEL_ENDS = (
     ),
 )
 
-ATTENTION = (
-    Param(f"{M}.self_attention.linear_qkv.layer_norm_weight", f"{H}.input_layernorm.weight", COPY),
+INPUT_NORM = (Param(f"{M}.self_attention.linear_qkv.layer_norm_weight", f"{H}.input_layernorm.weight", COPY),)
+QKV_APART = (
     Param(
         f"{M}.self_attention.linear_qkv.weight",
         (f"{H}.self_attn.q_proj.weight", f"{H}.self_attn.k_proj.weight", f"{H}.self_attn.v_proj.weight"),
         QKV,
     ),
-    Param(f"{M}.self_attention.linear_proj.weight", f"{H}.self_attn.o_proj.weight", ROW),
 )
+PROJECTION = (Param(f"{M}.self_attention.linear_proj.weight", f"{H}.self_attn.o_proj.weight", ROW),)
+ATTENTION = INPUT_NORM + QKV_APART + PROJECTION
 
 QKV_BIAS = (
     Param(
@@ -39,6 +40,15 @@ QKV_BIAS = (
         (f"{H}.self_attn.q_proj.bias", f"{H}.self_attn.k_proj.bias", f"{H}.self_attn.v_proj.bias"),
         QKV,
         when=lambda config, layer: config.add_qkv_bias,
+    ),
+)
+
+PROJECTION_BIAS = (
+    Param(
+        f"{M}.self_attention.linear_proj.bias",
+        f"{H}.self_attn.o_proj.bias",
+        COPY,
+        when=lambda config, layer: config.add_proj_bias,
     ),
 )
 
@@ -52,16 +62,35 @@ def _is_dense(config: ModelConfig, layer: int) -> bool:
     return not config.is_moe_layer(layer)
 
 
-DENSE_MLP = (
+MLP_NORM = (
     Param(f"{M}.mlp.linear_fc1.layer_norm_weight", f"{H}.post_attention_layernorm.weight", COPY, when=_is_dense),
+)
+GATE_UP_APART = (
     Param(
         f"{M}.mlp.linear_fc1.weight",
         (f"{H}.mlp.gate_proj.weight", f"{H}.mlp.up_proj.weight"),
         GATED,
         when=_is_dense,
     ),
-    Param(f"{M}.mlp.linear_fc2.weight", f"{H}.mlp.down_proj.weight", ROW, when=_is_dense),
 )
+DOWN = (Param(f"{M}.mlp.linear_fc2.weight", f"{H}.mlp.down_proj.weight", ROW, when=_is_dense),)
+DENSE_MLP = MLP_NORM + GATE_UP_APART + DOWN
+
+MLP_BIAS = (
+    Param(
+        f"{M}.mlp.linear_fc1.bias",
+        (f"{H}.mlp.gate_proj.bias", f"{H}.mlp.up_proj.bias"),
+        GATED,
+        when=lambda config, layer: config.add_mlp_bias,
+    ),
+    Param(
+        f"{M}.mlp.linear_fc2.bias",
+        f"{H}.mlp.down_proj.bias",
+        COPY,
+        when=lambda config, layer: config.add_mlp_bias,
+    ),
+)
+"""Of models without experts."""
 
 
 def moe_mlp(block: str, gate_proj: str, up_proj: str, down_proj: str) -> tuple[Param, ...]:
@@ -116,17 +145,22 @@ def _all_heads(hf: dict[str, Any]) -> int:
     return hf["num_attention_heads"]
 
 
-SIZE_FIELDS: tuple[FieldRow, ...] = (
+SIZES: tuple[FieldRow, ...] = (
     Pair("num_hidden_layers", "num_layers"),
     same("hidden_size"),
     same("num_attention_heads"),
     Pair("num_key_value_heads", "num_query_groups", default=_all_heads),
     same("vocab_size"),
     same("max_position_embeddings", 4096),
+)
+NO_DROPOUT = Must("attention_dropout", 0.0)
+
+SIZE_FIELDS: tuple[FieldRow, ...] = (
+    *SIZES,
     Pair("tie_word_embeddings", "share_embeddings_and_output_weights", default=False),
     Pair("initializer_range", "init_method_std", default=0.02),
     Must("hidden_act", "silu"),
-    Must("attention_dropout", 0.0),
+    NO_DROPOUT,
 )
 
 HEAD_DIM = Pair("head_dim", "kv_channels", default=_hidden_over_heads)
@@ -137,3 +171,9 @@ MOE_FIELDS: tuple[FieldRow, ...] = (
 )
 
 NORM_TOPK_PROB = Pair("norm_topk_prob", "moe_router_pre_softmax", default=False, convert=(operator.not_, operator.not_))
+
+ATTENTION_BIAS: tuple[FieldRow, ...] = (
+    Pair("attention_bias", "add_qkv_bias", default=False),
+    Pair("attention_bias", "add_proj_bias", default=False),
+)
+"""One field for the biases of all four projections."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ckptbridge.converters.families.attention import ATTENTION, DENSE_MLP, HEAD_DIM, MODEL_ENDS, SIZE_FIELDS
-from ckptbridge.converters.fields import Lacks, Must, Pair, Rope
+from ckptbridge.converters.fields import Lacks, Must, Pair
 from ckptbridge.converters.mapping import Family
+from ckptbridge.converters.rope_fields import Rope
 
 LLAMA = Family(
     name="llama",

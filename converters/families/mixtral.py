@@ -10,8 +10,9 @@ from ckptbridge.converters.families.attention import (
     SIZE_FIELDS,
     moe_mlp,
 )
-from ckptbridge.converters.fields import Lacks, Must, Pair, Rope
+from ckptbridge.converters.fields import Lacks, Must, Pair
 from ckptbridge.converters.mapping import Family
+from ckptbridge.converters.rope_fields import Rope
 
 MIXTRAL = Family(
     name="mixtral",

@@ -10,8 +10,9 @@ from ckptbridge.converters.families.attention import (
     QKV_BIAS,
     SIZE_FIELDS,
 )
-from ckptbridge.converters.fields import FullAttention, Lacks, Must, Pair, Rope
+from ckptbridge.converters.fields import FullAttention, Lacks, Must, Pair
 from ckptbridge.converters.mapping import Family
+from ckptbridge.converters.rope_fields import Rope
 
 QWEN2 = Family(
     name="qwen2",

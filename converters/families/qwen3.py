@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ckptbridge.converters.families.attention import ATTENTION, DENSE_MLP, MODEL_ENDS, QK_NORM, SIZE_FIELDS
-from ckptbridge.converters.fields import FullAttention, Lacks, Must, Pair, Rope
+from ckptbridge.converters.fields import FullAttention, Lacks, Must, Pair
 from ckptbridge.converters.mapping import Family
+from ckptbridge.converters.rope_fields import Rope
 
 QWEN3 = Family(
     name="qwen3",

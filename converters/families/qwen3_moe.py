@@ -13,8 +13,9 @@ from ckptbridge.converters.families.attention import (
     SIZE_FIELDS,
     moe_mlp,
 )
-from ckptbridge.converters.fields import FullAttention, Lacks, Must, Pair, Rope, SparseLayers
+from ckptbridge.converters.fields import FullAttention, Lacks, Must, Pair, SparseLayers
 from ckptbridge.converters.mapping import Family
+from ckptbridge.converters.rope_fields import Rope
 
 QWEN3_MOE = Family(
     name="qwen3_moe",

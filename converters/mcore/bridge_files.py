@@ -15,6 +15,7 @@ import torch
 from ckptbridge.converters.mcore.run_config import RUN_CONFIG
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.parallel_layout import ParallelLayout
+from ckptbridge.converters.rope_scaling import Llama3RopeScaling
 
 TRAIN_STATE = "train_state.pt"
 BRIDGE_NOTE = (
@@ -49,7 +50,7 @@ def bridge_files(
 def _run_config(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype) -> bytes:
     import yaml  # few conversions need it
 
-    scaling = config.rope_scaling
+    scaling = config.rope_scaling if isinstance(config.rope_scaling, Llama3RopeScaling) else None
     model: dict[str, Any] = {
         "_target_": _PROVIDER,
         **{name: getattr(config, name) for name in _SAME},

@@ -126,7 +126,7 @@ class FsdpDtensorFolder:
         if "" in held:
             if len(held) > 1:
                 raise BadInputError(f"{where}: {move.name} is there whole and in halves: {sorted(held.values())}")
-            if move.layout == GATED and self._tensor_parallel() != 1:
+            if move.layout.name == GATED.name and self._tensor_parallel() != 1:
                 raise NotSupportedError(
                     f"{where}: {held['']} holds gate_proj and up_proj of every tensor-parallel rank in turn, as "
                     "--ckpt-format torch_dcp writes them; it is read where args say a tensor parallel size of 1"

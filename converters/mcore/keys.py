@@ -1,7 +1,7 @@
 """Where Megatron's distributed format keeps a parameter: its key, and its place on the stacked axes.
 
 A layer number and an expert number are axes. Experts are always stacked; layers are stacked when all are
-alike, and stay in the key otherwise (`decoder.layers.3.mlp...`).
+alike, and stay in the key otherwise (`decoder.layers.3.mlp...`). Those that predict further tokens always stay there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ckptbridge.converters.mapping import MTP
 from ckptbridge.converters.model_config import ModelConfig
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -29,7 +30,7 @@ def address_of(name: str, config: ModelConfig, *, per_layer_keys: bool) -> Addre
     """The address of a parameter by its name with layer and expert numbers."""
     index: list[int] = []
     axes: list[int] = []
-    if not per_layer_keys and (hit := _LAYER.search(name)):
+    if not per_layer_keys and not name.startswith(MTP) and (hit := _LAYER.search(name)):
         index.append(int(hit[1]))
         axes.append(config.num_layers)
         name = _LAYER.sub("layers.", name, count=1)
@@ -69,23 +70,38 @@ def extra_state_keys(config: ModelConfig, *, per_layer_keys: bool) -> Iterable[s
     ask for (megatron-core 0.16 and 0.19, measured).
     """
     for layer in range(config.num_layers):
-        for module in _modules_with_extra_state(config, layer):
-            grid = [(layer, config.num_layers)] if not per_layer_keys else []
-            prefix = f"decoder.layers.{layer}." if per_layer_keys else "decoder.layers."
-            if module.startswith("mlp.experts."):
-                for expert in range(config.num_moe_experts or 0):
-                    yield _object_key(f"{prefix}{module}._extra_state", [*grid, (expert, config.num_moe_experts or 0)])
-            else:
-                yield _object_key(f"{prefix}{module}._extra_state", grid)
+        grid = [(layer, config.num_layers)] if not per_layer_keys else []
+        prefix = f"decoder.layers.{layer}." if per_layer_keys else "decoder.layers."
+        yield from _keys_of_layer(config, layer, prefix, grid)
     yield _object_key("decoder.final_layernorm._extra_state", [])
+    for number in range(config.mtp_num_layers):
+        for module in ("enorm", "hnorm", "eh_proj", "final_layernorm"):
+            yield _object_key(f"{MTP}{number}.{module}._extra_state", [])
+        yield from _keys_of_layer(config, config.num_layers + number, f"{MTP}{number}.transformer_layer.", [])
+
+
+def _keys_of_layer(config: ModelConfig, layer: int, prefix: str, grid: list[tuple[int, int]]) -> Iterable[str]:
+    for module in _modules_with_extra_state(config, layer):
+        if module.startswith("mlp.experts."):
+            for expert in range(config.num_moe_experts or 0):
+                yield _object_key(f"{prefix}{module}._extra_state", [*grid, (expert, config.num_moe_experts or 0)])
+        else:
+            yield _object_key(f"{prefix}{module}._extra_state", grid)
 
 
 def _modules_with_extra_state(config: ModelConfig, layer: int) -> Iterable[str]:
     yield "input_layernorm"
-    yield from (f"self_attention.{m}" for m in ("linear_qkv", "core_attention", "linear_proj"))
+    if config.multi_latent_attention:
+        yield from (f"self_attention.linear_{m}" for m in ("q_proj", "q_down_proj", "q_up_proj"))
+        yield from (f"self_attention.{m}" for m in ("linear_kv_down_proj", "linear_kv_up_proj", "kv_layernorm"))
+    else:
+        yield "self_attention.linear_qkv"
+    yield from (f"self_attention.{m}" for m in ("core_attention", "linear_proj"))
     if config.qk_layernorm:
         yield from (f"self_attention.{m}" for m in ("q_layernorm", "k_layernorm"))
     yield "pre_mlp_layernorm"
+    if config.post_layernorm:
+        yield from ("self_attention.linear_proj.post_layernorm", "mlp.linear_fc2.post_layernorm")
     if not config.is_moe_layer(layer):
         yield from ("mlp.linear_fc1", "mlp.linear_fc2")
         return

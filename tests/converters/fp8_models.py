@@ -115,6 +115,14 @@ WIDE: dict[str, tuple[str, dict[str, Any]]] = {
             "shared_expert_intermediate_size": 288,
         },
     ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            **{"num_key_value_heads": 6, "q_lora_rank": 144, "kv_lora_rank": 136, "v_head_dim": 24},
+            **{"qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
+            **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 160},
+        },
+    ),
 }
 """transformers' classes with matrices of more than one block of 128 x 128, and of no whole number of them."""
 

@@ -292,7 +292,7 @@ HF: dict[str, Bad] = {
         "llama", lambda d: (d / "config.json").write_bytes('{"a": "é"}'.encode("latin1")) and None, ("config.json",)
     ),
     "an unknown architecture": Bad(
-        "llama", _config(architectures=["GptOssForCausalLM"]), ("GptOssForCausalLM", "LlamaForCausalLM")
+        "llama", _config(architectures=["BloomForCausalLM"]), ("BloomForCausalLM", "LlamaForCausalLM")
     ),
     "a quantised model": Bad("llama", _config(quantization_config={"quant_method": "fp8"}), ("quantization_config",)),
     "weights under another name": Bad("llama", _renamed, ("weights.safetensors", INDEX)),

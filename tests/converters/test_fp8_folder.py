@@ -39,7 +39,7 @@ from tests.converters.fp8_models import (
 from tests.converters.running import SMALL
 from tests.tiny import build_tiny
 
-FAMILIES = ("llama", "qwen2_moe", "mixtral")
+FAMILIES = ("llama", "qwen2_moe", "mixtral", "deepseek_v3")
 LAYOUTS = {
     "llama": ParallelLayout(tp=2, pp=2),
     "qwen2_moe": ParallelLayout(tp=2, pp=1, ep=2, etp=1),

@@ -32,9 +32,10 @@ from torch.distributed.checkpoint.metadata import (
 from ckptbridge.converters.convert import ConvertOptions, plan_conversion
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.execute import execute
-from ckptbridge.converters.mcore.args import config_from_args
+from ckptbridge.converters.mcore.args_reading import config_from_args
 from ckptbridge.converters.mcore.torch_dist_reader import open_torch_dist
 from ckptbridge.converters.model import open_model
+from ckptbridge.converters.model_config import ModelConfig
 from tests.conftest import TinyFolders
 from tests.converters.test_round_trip import assert_same, expected_tensors, weights
 
@@ -204,6 +205,13 @@ def test_more_padding_than_ours_is_cut_off(tiny_folder: TinyFolders, tmp_path: P
 MOE = {"num_experts": 4, "moe_ffn_hidden_size": 96, "moe_router_topk": 2}
 
 
+def _config_or_refusal(args: Namespace) -> ModelConfig | str:
+    try:
+        return config_from_args(args, "release")
+    except BadInputError as refused:
+        return str(refused)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -237,9 +245,32 @@ MOE = {"num_experts": 4, "moe_ffn_hidden_size": 96, "moe_router_topk": 2}
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_args_of_a_model_that_computes_something_else_are_refused(change: dict[str, Any]) -> None:
+def test_args_of_a_model_that_computes_something_else_are_not_passed_over(change: dict[str, Any]) -> None:
     """Each leaves the names and shapes of every tensor as they are: nothing else would tell."""
-    config_from_args(_args(**{key: value for key, value in change.items() if key in MOE}), "release")
+    plain = config_from_args(_args(**{key: value for key, value in change.items() if key in MOE}), "release")
+    told = _config_or_refusal(_args(**change))
+    assert told != plain
+    assert not isinstance(told, str) or (next(iter(change)) in told and "release" in told)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"position_embedding_type": "learned_absolute"},
+        {"rotary_interleaved": True},
+        {"softmax_type": "off-by-one"},
+        {"no_rope_freq": 4},
+        {"no_rope_freq": [0, 0, 0, 1]},
+        {"qk_l2_norm": True},
+        {"apply_residual_connection_post_layernorm": True},
+        {"use_mup": True},
+        {"moe_apply_probs_on_input": True, **MOE},
+        {"attention_output_gate": True},
+        {"experimental_attention_variant": "gated_delta_net"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_args_of_what_no_version_of_ours_computes_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(BadInputError) as refused:
         config_from_args(_args(**change), "release")
     assert next(iter(change)) in str(refused.value)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ckptbridge.converters.convert import ConvertOptions, plan_conversion
 from ckptbridge.converters.execute import execute
-from ckptbridge.converters.mcore.args import STRUCTURE
+from ckptbridge.converters.mcore.agreement import STRUCTURE
 from ckptbridge.converters.model import open_model
 from tests.megatron.cases import megatron_config, to_megatron
 from tests.megatron.launch import Layout, check_fetched, environment

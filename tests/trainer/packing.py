@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ckptbridge.converters.model_config import Llama3RopeScaling, ModelConfig
+from ckptbridge.converters.model_config import ModelConfig
+from ckptbridge.converters.rope_scaling import Llama3RopeScaling
 
 
 def config_of(hf: object) -> ModelConfig:

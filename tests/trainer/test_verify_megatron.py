@@ -19,8 +19,8 @@ from ckptbridge.cli import app
 from ckptbridge.converters.convert import ConvertOptions
 from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.model import open_model
-from ckptbridge.converters.model_config import Llama3RopeScaling
 from ckptbridge.converters.parallel_layout import ParallelLayout
+from ckptbridge.converters.rope_scaling import Llama3RopeScaling
 from ckptbridge.trainer.megatron.config import transformer_config
 from ckptbridge.trainer.megatron.layouts import layout_name, parse_layouts
 from ckptbridge.trainer.verify import verify

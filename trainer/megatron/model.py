@@ -7,9 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.activations import fast_gelu, quick_gelu, squared_relu
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 # No fused kernel runs on a CPU.
@@ -24,7 +26,19 @@ _UNFUSED = {
 
 # Where Transformer Engine, which production runs use, keeps the norms: a checkpoint has its names.
 _TE_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-_TE_NAMES_DENSE = _TE_NAMES | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+_TE_NAMES_LATENT = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+_TE_NAMES_DENSE = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+_ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": fast_gelu,
+    "quick_gelu": quick_gelu,
+    "squared_relu": squared_relu,
+}
 
 _current_layout: tuple[int, ...] | None = None
 
@@ -45,6 +59,36 @@ def use_layout(tp: int, pp: int, ep: int, etp: int) -> None:
     _current_layout = (tp, pp, ep, etp)
 
 
+def transformer_of(
+    told: dict[str, Any], *, tp: int, pp: int, ep: int, etp: int, dtype: torch.dtype = torch.float32
+) -> TransformerConfig:
+    """The TransformerConfig of keyword arguments as JSON has them, for ranks without a GPU."""
+    kwargs = dict(told)
+    activation = _ACTIVATIONS[kwargs.pop("activation_func")]
+    if kwargs.get("window_size"):
+        kwargs["window_size"] = tuple(kwargs["window_size"])
+    attributes = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("yarn_")}
+    kind = MLATransformerConfig if kwargs.get("multi_latent_attention") else TransformerConfig
+    transformer = kind(
+        **kwargs,
+        **_UNFUSED,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+        activation_func=activation,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=True,
+    )
+    for name, value in attributes.items():
+        setattr(transformer, name, value)
+    return transformer
+
+
 def build(
     config: dict[str, dict[str, Any]],
     *,
@@ -60,37 +104,36 @@ def build(
     `config["transformer"]` and `config["gpt"]` are keyword arguments of TransformerConfig and GPTModel, as JSON
     has them. `local_names` keeps the checkpoint keys that modules without Transformer Engine have by themselves.
     """
-    kwargs = dict(config["transformer"])
-    if kwargs.get("window_size"):
-        kwargs["window_size"] = tuple(kwargs["window_size"])
-    transformer = TransformerConfig(
-        **kwargs,
-        **_UNFUSED,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=etp,
-        activation_func=torch.nn.functional.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=True,
-    )
-    spec = get_gpt_decoder_block_spec(transformer, use_transformer_engine=False, normalization="RMSNorm")
+    transformer = transformer_of(config["transformer"], tp=tp, pp=pp, ep=ep, etp=etp, dtype=dtype)
+    norm = transformer.normalization
+    spec = get_gpt_decoder_block_spec(transformer, use_transformer_engine=False, normalization=norm)
+    attention_names = _TE_NAMES_LATENT if transformer.multi_latent_attention else _TE_NAMES
     for layer in [] if local_names else spec.layer_specs:
         moe = "MoELayer" in repr(layer.submodules.mlp)
-        layer.submodules.sharded_state_dict_keys_map = _TE_NAMES if moe else _TE_NAMES_DENSE
+        layer.submodules.sharded_state_dict_keys_map = attention_names | ({} if moe else _TE_NAMES_DENSE)
+    for layer in spec.layer_specs if transformer.multi_latent_attention else []:
+        layer.submodules.self_attention.submodules.core_attention = LatentCoreAttention
     model = GPTModel(
         transformer,
         spec,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         parallel_output=False,
+        mtp_block_spec=get_gpt_mtp_block_spec(transformer, spec, use_transformer_engine=False)
+        if transformer.mtp_num_layers
+        else None,
         **config["gpt"],
     )
     return model.to(dtype).eval()  # norms are made in fp32 whatever params_dtype says
+
+
+class LatentCoreAttention(DotProductAttention):
+    """Megatron's own attention for values of another width than keys, which only Transformer Engine's is built for."""
+
+    def __init__(self, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
 
 def logits(model: GPTModel, tokens: Tensor) -> Tensor | None:

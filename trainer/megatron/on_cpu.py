@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 
@@ -36,10 +38,35 @@ class _NoStream:
     def synchronize(self) -> None: ...
 
 
+class _LayerNormFromOne(torch.nn.LayerNorm):
+    """Transformer Engine's LayerNorm with a zero-centered weight, which megatron-core's CPU norm refuses to be."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight.float() + 1, self.bias.float()
+        return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
+
+
+class _RmsNormFromOne(torch.nn.RMSNorm):
+    """The same of RMSNorm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float() + 1, self.eps).to(x.dtype)
+
+
 def patch() -> None:
     """Change torch and megatron.core in this process; call it once, before a model is built."""
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
+    plain = WrappedTorchNorm.__new__
+
+    def made(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> torch.nn.Module:
+        if not config.layernorm_zero_centered_gamma:
+            return plain(cls, config, hidden_size, eps, **kwargs)
+        kind = _LayerNormFromOne if config.normalization == "LayerNorm" else _RmsNormFromOne
+        return kind(hidden_size, eps=eps)
+
+    WrappedTorchNorm.__new__ = made
     torch.cuda.current_device = lambda: torch.device("cpu")  # passed as device= all over megatron.core
     torch.cuda.synchronize = lambda: None  # after a save
     torch.cuda.Stream = torch.cuda.current_stream = _NoStream

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ckptbridge.converters.errors import NotSupportedError
-from ckptbridge.converters.mapping import Family
+from ckptbridge.converters.mapping import MTP, Family
 from ckptbridge.converters.model_config import ModelConfig
 
 Dialect = Literal["te", "te-sequential", "local", "oldest"]
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
-EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
-FINAL_NORM = "decoder.final_layernorm.weight"
+EMBEDDING, HEAD, HEAD_BIAS = "embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias"
+FINAL_NORM, FINAL_NORM_BIAS = "decoder.final_layernorm.weight", "decoder.final_layernorm.bias"
 _EXPERT = "mlp.experts.experts."
 _LEAVES = ("layer_norm_weight", "layer_norm_bias", "weight", "bias")
 
@@ -65,16 +65,23 @@ _EXPERTS = "experts"
 _MLP: tuple[_Module | str, ...] = (
     _same("mlp.linear_fc1"),
     _same("mlp.linear_fc2"),
+    _same("mlp.linear_fc2.post_layernorm", "weight", "bias"),
     _same("mlp.router", "weight", "bias", "expert_bias", extra_state=False),
     _EXPERTS,
     _same("mlp.shared_experts", "gate_weight", extra_state=False),
     _same("mlp.shared_experts.linear_fc1"),
     _same("mlp.shared_experts.linear_fc2"),
 )
+_LATENT = tuple(
+    f"self_attention.linear_{name}" for name in ("q_proj", "q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj")
+)
 _FUSED: tuple[_Module | str, ...] = (
-    _same("self_attention.core_attention"),
+    _same("input_layernorm"),
+    _same("self_attention.core_attention", "softmax_offset"),
     _same("self_attention.linear_proj"),
+    _same("self_attention.linear_proj.post_layernorm", "weight", "bias"),
     _same("self_attention.linear_qkv"),
+    *(_same(path) for path in _LATENT),
     _same("self_attention.q_layernorm"),
     _same("self_attention.k_layernorm"),
     _same("pre_mlp_layernorm"),
@@ -82,10 +89,14 @@ _FUSED: tuple[_Module | str, ...] = (
 )
 _APART: tuple[_Module | str, ...] = (
     _bare("input_layernorm", "input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    _same("self_attention.core_attention", "softmax_offset", extra_state=False),
     _same("self_attention.linear_proj", "weight", "bias"),
+    _bare("self_attention.linear_proj.post_layernorm", "self_attention.linear_proj.post_layernorm."),
     _same("self_attention.linear_qkv", "weight", "bias"),
-    _bare("self_attention.q_layernorm", "self_attention.q_layernorm."),
+    *(_same(path, "weight", "bias") for path in _LATENT),
+    _bare("self_attention.q_layernorm", "self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
     _bare("self_attention.k_layernorm", "self_attention.k_layernorm."),
+    _bare("self_attention.kv_layernorm", "self_attention.linear_kv_up_proj.layer_norm_"),
     _bare("pre_mlp_layernorm", "pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
     *(
         _same(m.path, *(leaf for leaf in m.leaves if not leaf.startswith("layer_norm")), extra_state=m.extra_state)
@@ -112,28 +123,43 @@ _TABLES: Mapping[Dialect, tuple[_Module | str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Stock:
-    """A model's parameters, sorted as ranks hold them: those of each layer, of one expert of the layer, the rest."""
+    """A model's parameters, sorted as ranks hold them: those of each layer, of one expert of the layer, the rest.
+
+    `further` counts the layers that predict further tokens: they stand behind the others, without what only they have.
+    """
 
     layers: tuple[frozenset[str], ...]
     experts: tuple[tuple[str, ...], ...]
     ends: frozenset[str]
+    further: int = 0
 
 
 def stock_of(family: Family, config: ModelConfig) -> Stock:
     """Every parameter of a model, by place."""
-    layers: list[set[str]] = [set() for _ in range(config.num_layers)]
-    experts: list[list[str]] = [[] for _ in range(config.num_layers)]
+    count = config.num_layers + config.mtp_num_layers
+    layers: list[set[str]] = [set() for _ in range(count)]
+    experts: list[list[str]] = [[] for _ in range(count)]
     ends: set[str] = set()
     for move in family.moves(config):
         if move.layer is None:
             ends.add(move.name)
             continue
-        suffix = move.name.removeprefix(f"decoder.layers.{move.layer}.")
-        if move.expert is None:
+        place = _place_of(move.layer, config.num_layers)
+        suffix = move.name.removeprefix(place)
+        if not move.name.startswith(place):
+            ends.add(move.name)
+        elif move.expert is None:
             layers[move.layer].add(suffix)
         elif move.expert == 0:
             experts[move.layer].append(suffix.removeprefix(f"{_EXPERT}0."))
-    return Stock(tuple(map(frozenset, layers)), tuple(map(tuple, experts)), frozenset(ends))
+    return Stock(tuple(map(frozenset, layers)), tuple(map(tuple, experts)), frozenset(ends), config.mtp_num_layers)
+
+
+def _place_of(layer: int, num_layers: int) -> str:
+    """What the names of a layer's parameters begin with."""
+    if layer < num_layers:
+        return f"decoder.layers.{layer}."
+    return f"{MTP}{layer - num_layers}.transformer_layer."
 
 
 def chunk_slots(
@@ -146,16 +172,22 @@ def chunk_slots(
     oldest = dialect == "oldest"
     root, stack = ("language_model.", "language_model.encoder.") if oldest else ("", "decoder.")
     slots: list[Slot] = []
-    if first:
+    if first or (last and stock.further):
         slots.append(Slot(root + EMBEDDING, EMBEDDING))
     for local, layer in enumerate(layers):
         slots += _layer_slots(dialect, stock, f"{stack}layers.{local}.", layer, experts)
     if last:
         slots.append(Slot(f"{stack}final_layernorm.weight", FINAL_NORM))
+        if FINAL_NORM_BIAS in stock.ends:
+            slots.append(Slot(f"{stack}final_layernorm.bias", FINAL_NORM_BIAS))
         if dialect in ("te", "te-sequential"):
             slots.append(Slot("decoder.final_layernorm._extra_state", None))
+        for number in range(stock.further):
+            slots += _further_slots(dialect, stock, number, experts)
         if HEAD in stock.ends:
             slots.append(Slot(root + HEAD, HEAD))
+            if HEAD_BIAS in stock.ends:
+                slots.append(Slot(root + HEAD_BIAS, HEAD_BIAS))
         elif not first:  # tied: the last stage computes with a copy
             slots.append(Slot("word_embeddings_for_head.weight" if oldest else HEAD, EMBEDDING))
         if not oldest:
@@ -163,9 +195,27 @@ def chunk_slots(
     return slots
 
 
+def _further_slots(dialect: Dialect, stock: Stock, number: int, experts: range) -> list[Slot]:
+    """A layer that predicts a further token: the last stage has all of them."""
+    slots: list[Slot] = []
+
+    def own(module: str, has_extra_state: bool) -> None:
+        slots.append(Slot(f"{MTP}{number}.{module}.weight", f"{MTP}{number}.{module}.weight"))
+        if has_extra_state:
+            slots.append(Slot(f"{MTP}{number}.{module}._extra_state", None))
+
+    is_fused, layer = dialect in ("te", "te-sequential"), len(stock.layers) - stock.further + number
+    own("enorm", is_fused)
+    own("hnorm", is_fused)
+    own("eh_proj", True)
+    slots += _layer_slots(dialect, stock, f"{MTP}{number}.mtp_model_layer.", layer, experts)
+    own("final_layernorm", is_fused)
+    return slots
+
+
 def _layer_slots(dialect: Dialect, stock: Stock, prefix: str, layer: int, experts: range) -> list[Slot]:
     slots: list[Slot] = []
-    suffixes, whole = stock.layers[layer], f"decoder.layers.{layer}."
+    suffixes, whole = stock.layers[layer], _place_of(layer, len(stock.layers) - stock.further)
     for module in _TABLES[dialect]:
         if isinstance(module, str):
             slots += _expert_slots(dialect, stock.experts[layer], f"{prefix}mlp.experts.", f"{whole}{_EXPERT}", experts)
@@ -187,16 +237,21 @@ def _layer_slots(dialect: Dialect, stock: Stock, prefix: str, layer: int, expert
 
 def _expert_slots(dialect: Dialect, matrices: Sequence[str], prefix: str, whole: str, experts: range) -> Iterator[Slot]:
     """Grouped experts lie matrix by matrix, sequential ones expert by expert."""
+    modules: dict[str, list[str]] = {}
+    for matrix in matrices:
+        modules.setdefault(matrix.rpartition(".")[0], []).append(matrix)
     if dialect == "te":
-        for matrix in matrices:
-            for local, expert in enumerate(experts):
-                yield Slot(f"{prefix}{matrix}{local}", f"{whole}{expert}.{matrix}")
-            yield Slot(f"{prefix}{matrix.rpartition('.')[0]}._extra_state", None)
+        for module, leaves in modules.items():
+            for leaf in leaves:
+                for local, expert in enumerate(experts):
+                    yield Slot(f"{prefix}{leaf}{local}", f"{whole}{expert}.{leaf}")
+            yield Slot(f"{prefix}{module}._extra_state", None)
         return
     for local, expert in enumerate(experts):
-        for matrix in matrices:
-            yield Slot(f"{prefix}local_experts.{local}.{matrix}", f"{whole}{expert}.{matrix}")
-            yield Slot(f"{prefix}local_experts.{local}.{matrix.rpartition('.')[0]}._extra_state", None)
+        for module, leaves in modules.items():
+            for leaf in leaves:
+                yield Slot(f"{prefix}local_experts.{local}.{leaf}", f"{whole}{expert}.{leaf}")
+            yield Slot(f"{prefix}local_experts.{local}.{module}._extra_state", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +269,7 @@ class Spelled:
 
 
 _LAYER = re.compile(r"(?:decoder|encoder|transformer)\.layers\.(\d{1,9})\.(.+)")
+_FURTHER = re.compile(r"mtp\.layers\.(\d{1,9})\.(?:mtp_model_layer|transformer_layer)\.(.+)")
 _ONE_BY_ONE = re.compile(r"mlp\.experts\.local_experts\.(\d{1,9})\.(.+)")
 _GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12]\.(?:weight|bias))(\d{1,9})")
 _FORMER_GROUPED = re.compile(r"mlp\.experts\.weight([12])")
@@ -251,18 +307,21 @@ def spelled(key: str) -> Spelled | None:
         return Spelled((HEAD, EMBEDDING))
     if hit := _FINAL.fullmatch(key):
         return Spelled((f"decoder.final_layernorm.{hit[1]}",))
+    if further := _FURTHER.fullmatch(key):
+        return _within_layer(f"{MTP}{further[1]}.transformer_layer.", None, further[2])
     hit = _LAYER.fullmatch(key)
     if hit is None:
         return Spelled((key,))
-    layer, suffix = int(hit[1]), hit[2]
+    return _within_layer("decoder.layers.{layer}.", int(hit[1]), hit[2])
+
+
+def _within_layer(place: str, layer: int | None, suffix: str) -> Spelled:
     if expert := _ONE_BY_ONE.fullmatch(suffix):
-        return Spelled((f"decoder.layers.{{layer}}.{_EXPERT}{{expert}}.{expert[2]}",), layer, int(expert[1]))
+        return Spelled((f"{place}{_EXPERT}{{expert}}.{expert[2]}",), layer, int(expert[1]))
     if expert := _GROUPED.fullmatch(suffix):
-        return Spelled((f"decoder.layers.{{layer}}.{_EXPERT}{{expert}}.{expert[1]}",), layer, int(expert[2]))
+        return Spelled((f"{place}{_EXPERT}{{expert}}.{expert[1]}",), layer, int(expert[2]))
     if former := _FORMER_GROUPED.fullmatch(suffix):
-        name = f"decoder.layers.{{layer}}.{_EXPERT}{{expert}}.linear_fc{former[1]}.weight"
-        return Spelled((name,), layer, is_every_expert=True)
+        return Spelled((f"{place}{_EXPERT}{{expert}}.linear_fc{former[1]}.weight",), layer, is_every_expert=True)
     if suffix.startswith("attention."):
         suffix = f"self_{suffix}"
-    names = _SPELLINGS.get(suffix, (suffix,))
-    return Spelled(tuple(f"decoder.layers.{{layer}}.{name}" for name in names), layer)
+    return Spelled(tuple(place + name for name in _SPELLINGS.get(suffix, (suffix,))), layer)

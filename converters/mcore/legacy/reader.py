@@ -21,10 +21,11 @@ from ckptbridge.converters.mapping import Family, Move
 from ckptbridge.converters.mcore.legacy.names import Spelled
 from ckptbridge.converters.mcore.legacy.rank import LegacyRank
 from ckptbridge.converters.mcore.legacy.ranks import Degrees, check_expert_size, open_ranks, rank_folder
-from ckptbridge.converters.mcore.legacy.slices import boxes_of, merge, slice_shape, transposed, whole_shape
+from ckptbridge.converters.mcore.legacy.slices import boxes_of, merge, slice_shape, whole_shape
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.pickles import TensorRef
 from ckptbridge.converters.tensors import Checkpoint, LazyTensor, Stored, rows
+from ckptbridge.converters.turned import turned
 
 Replica = tuple[str, Stored, Stored]
 """(parameter, the tensor that is used, another rank's that must be equal)"""
@@ -69,7 +70,7 @@ class Held:
             return self.tensor()
         (width, height), storage = self.ref.shape, self.ref.storage
         block = TensorRef(storage, self.ref.storage_offset, (height, width), (width, 1))
-        return transposed(self.rank.tensor(block, self.key))
+        return turned(self.rank.tensor(block, self.key))
 
     def whole(self) -> Stored:
         """The file's tensor that holds the slice."""
@@ -285,9 +286,7 @@ class _Census:
                 return None
             expert += rank.ep * self._experts_here
         for candidate in meaning.candidates:
-            name = candidate
-            if layer is not None:
-                name = name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+            name = candidate.replace("{layer}", str(layer)).replace("{expert}", str(expert))
             if move := self._moves.get(name):
                 return move
         return None

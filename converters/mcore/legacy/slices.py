@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-import torch
-from torch import Tensor
-
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.layout import Box, Layout
 from ckptbridge.converters.model_config import ModelConfig
-from ckptbridge.converters.tensors import Computed, LazyTensor, Stored, columns, join_columns, join_rows, read_exactly
+from ckptbridge.converters.tensors import LazyTensor, columns, join_columns, join_rows
 
 
 @lru_cache(maxsize=1024)
@@ -65,17 +62,3 @@ def whole_shape(
     if not 0 <= held - shape[0] < most_padding:
         raise BadInputError(f"{held} rows for a vocabulary of {shape[0]}")
     return (held, *shape[1:])
-
-
-def transposed(tensor: Stored) -> LazyTensor:
-    """A stored matrix turned: of its rows only the columns that are asked for are read."""
-    height, width = tensor.shape
-    itemsize = tensor.dtype.itemsize
-
-    def turned_rows(start: int, stop: int) -> Tensor:
-        found = torch.empty(height, (stop - start) * itemsize, dtype=torch.uint8)
-        for row, into in enumerate(found.numpy()):
-            read_exactly(tensor.path, tensor.offset + (row * width + start) * itemsize, memoryview(into))
-        return found.view(tensor.dtype).T.contiguous()
-
-    return Computed((width, height), tensor.dtype, turned_rows, work_row_nbytes=3 * height * itemsize)

@@ -71,6 +71,11 @@ class LegacyWriter:
             raise BadInputError(f"{self.names!r} are no names of Megatron's modules; there are {', '.join(DIALECTS)}")
         self.layout.check(self.config)
         self._moves = {move.name: move for move in self.family.moves(self.config)}
+        if self.config.multi_latent_attention and self.names == "local" and self.layout.tp > 1:
+            raise NotSupportedError(
+                "Megatron's own modules cut the down-projections of latent attention over tensor parallel ranks, those "
+                "of Transformer Engine do not: write the names te, or a tensor parallel size of 1"
+            )
         etp, tp = self.layout.expert_tp, self.layout.tp
         if self.config.num_moe_experts is not None and tp % etp:
             raise NotSupportedError(
