@@ -56,6 +56,18 @@ IgnoreField = Annotated[
 ]
 
 
+PassThrough = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pass-through",
+        metavar="PREFIX",
+        help="Tensors whose names begin so are no part of the language model (vision_tower.): they go untouched to a "
+        "file beside the weights, from which mcore2hf takes them back. May be given several times.",
+        show_default=False,
+    ),
+]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadFlags:
     """How a source of either side is read."""
@@ -63,6 +75,7 @@ class ReadFlags:
     hf_config: HfConfig = None
     revision: Revision = None
     ignore_config_field: IgnoreField = None
+    pass_through: PassThrough = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

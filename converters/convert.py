@@ -30,11 +30,12 @@ from ckptbridge.converters.mcore.notes import megatron_notes
 from ckptbridge.converters.mcore.torch_dist_reader import TRACKER
 from ckptbridge.converters.mcore.torch_dist_writer import TorchDistWriter
 from ckptbridge.converters.model import HF_SIDE_FOLDER, Model
-from ckptbridge.converters.output import OutputFile, Piece
+from ckptbridge.converters.output import OutputFile
 from ckptbridge.converters.parallel_layout import ParallelLayout
+from ckptbridge.converters.pass_through import language_config, safetensors_file, side_file
 from ckptbridge.converters.ranks import Rank
-from ckptbridge.converters.safetensors_header import make_header
 from ckptbridge.converters.tensors import Checkpoint, LazyTensor, cast
+from ckptbridge.converters.turned import BAND_NBYTES
 
 GIGABYTE = 1_000_000_000
 BYTES_PER_SECOND = 1.2e9
@@ -101,12 +102,15 @@ class ConversionPlan:
         """An upper bound of the memory that blocks and rows take, in bytes, beside the interpreter and torch."""
         options = self.options
         direct = 0 if options.direct_io is False else options.direct_nbytes
-        return direct + 4 * work_nbytes(options.max_ram - direct, options.workers) * options.workers
+        kept = BAND_NBYTES if any(row.layout.is_turned for row in self.source.family.params) else 0
+        return direct + (4 * work_nbytes(options.max_ram - direct, options.workers) + kept) * options.workers
 
     def nbytes_by_rank(self) -> dict[str, int]:
         """What each rank of the named layout has files for; empty for Hugging Face, whose files belong to nobody."""
         held: dict[str, int] = {}
         for file in self.files if self.to != "hf" else ():
+            if file.name.startswith(f"{HF_SIDE_FOLDER}/"):
+                continue
             name = file.name.split("/")[-1 if self.to == "torch_dist" else -2]
             rank = name.split("_")[2] if self.to == "torch_dist" else name
             held[rank] = held.get(rank, 0) + file.size
@@ -193,6 +197,8 @@ def _plan_hf(source: Model, target: Path, tensors: Checkpoint, options: ConvertO
     notes = source.notes
     if options.quantize is not None:
         hf = quantised(hf, source.family, source.config, str(source.path))
+    hf = _with_what_is_beside(hf, source)
+    if options.quantize is not None:
         quantisation = quantisation_config(hf)
         notes = (*notes, quantisation_note(hf))
     shards = _shards(hf, options.max_shard_size)
@@ -201,7 +207,7 @@ def _plan_hf(source: Model, target: Path, tensors: Checkpoint, options: ConvertO
         if len(shards) == 1
         else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     )
-    files = tuple(_safetensors_file(name, shard) for name, shard in zip(names, shards, strict=True))
+    files = tuple(safetensors_file(name, shard) for name, shard in zip(names, shards, strict=True))
     small: list[tuple[str, bytes]] = []
     if len(shards) > 1:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
@@ -219,6 +225,12 @@ def _plan_hf(source: Model, target: Path, tensors: Checkpoint, options: ConvertO
         copies=(*((asset, asset.name) for asset in source.assets), *config_copy),
         notes=notes,
     )
+
+
+def _with_what_is_beside(hf: Mapping[str, LazyTensor], source: Model) -> dict[str, LazyTensor]:
+    """The tensors of the whole folder, whose language model has them under these names."""
+    start = language_config(source.hf_config)[1] if source.beside else ""
+    return {**{start + name: tensor for name, tensor in hf.items()}, **source.beside}
 
 
 def megatron_writer(source: Model, to: WrittenFormat, options: ConvertOptions) -> MegatronWriter:
@@ -282,7 +294,10 @@ def megatron_conversion(
         target=target,
         to=to,
         options=options,
-        files=tuple(replace(file, name=f"{folder}/{file.name}") for file in plan.files),
+        files=(
+            *(replace(file, name=f"{folder}/{file.name}") for file in plan.files),
+            *side_file(source.beside, HF_SIDE_FOLDER),
+        ),
         small=(
             *((f"{HF_SIDE_FOLDER}/{name}", data) for name, data in config_file),
             *((f"{folder}/{name}", data) for name, data in plan.last),
@@ -307,13 +322,6 @@ def config_json(
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype or source.dtype).removeprefix("torch.")
     return [], [("config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())]
-
-
-def _safetensors_file(name: str, tensors: Mapping[str, LazyTensor]) -> OutputFile:
-    header, offsets = make_header(tensors)
-    pieces = [Piece(tensor_name, offsets[tensor_name], tensor) for tensor_name, tensor in tensors.items()]
-    size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
-    return OutputFile(name, size, pieces, [(0, header)])
 
 
 def _shards(tensors: Checkpoint, limit: int) -> list[dict[str, LazyTensor]]:

@@ -143,33 +143,6 @@ class Irrelevant(FieldRow):
 
 
 @dataclass(frozen=True)
-class FullAttention(FieldRow):
-    """Qwen's `layer_types` and `use_sliding_window`: every layer must attend to all tokens before it."""
-
-    @property
-    def hf_names(self) -> tuple[str, ...]:
-        return ("layer_types", "use_sliding_window", "sliding_window", "max_window_layers")
-
-    def to_mcore(self, hf: Json) -> Json:
-        if hf.get("use_sliding_window"):
-            raise NotSupportedError(
-                "config.json: use_sliding_window is true; windows over some layers only are not supported"
-            )
-        if others := set(hf.get("layer_types") or ()) - {"full_attention"}:
-            raise NotSupportedError(
-                f"config.json: layer_types holds {sorted(others)}; only 'full_attention' is supported here"
-            )
-        return {"window_size": None}
-
-    def to_hf(self, config: ModelConfig) -> Json:
-        if config.window_size is not None:
-            raise NotSupportedError(
-                f"window_size is {config.window_size}, which this Hugging Face class cannot express"
-            )
-        return {"use_sliding_window": False}
-
-
-@dataclass(frozen=True)
 class SparseLayers(FieldRow):
     """Qwen's choice of MoE layers: `decoder_sparse_step` and `mlp_only_layers`, Megatron's `moe_layer_freq`."""
 
@@ -257,7 +230,10 @@ def write_config(fields: Sequence[FieldRow], config: ModelConfig) -> Json:
                     f"{name} would be both {hf[name]!r} and {value!r}, which this Hugging Face class cannot express"
                 )
             hf[name] = value
-    back = read_config(fields, hf, "the config.json that would be written")
+    try:
+        back = read_config(fields, hf, "the config.json that would be written")
+    except BadInputError as error:  # what the class lacks makes the rest impossible
+        raise NotSupportedError(str(error)) from error
     for field in model_fields(ModelConfig):
         found, expected = getattr(back, field.name), getattr(config, field.name)
         if found != expected:

@@ -23,11 +23,11 @@ _SPOT_NBYTES = 1 << 16
 
 
 def as_saved_by_hf(config: ModelConfig, names: Iterable[str]) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The config of a Hugging Face folder with these tensors, and what to say where it counts layers that are not there."""
+    """The config of a Hugging Face folder with these tensors, and a note where it counts layers that are not there."""
     behind = f"model.layers.{config.num_layers}."
     if not config.mtp_num_layers or any(name.startswith(behind) for name in names):
         return config, ()
-    told = f"config.json counts {config.mtp_num_layers} layers that predict further tokens, which are not there: "
+    told = f"config.json counts layers that predict further tokens ({config.mtp_num_layers}), which are not there: "
     return replace(config, mtp_num_layers=0), (f"{told}the model is converted without them",)
 
 

@@ -17,7 +17,8 @@ from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.tensors import Checkpoint, LazyTensor, reshaped, rows
 
 _FUSED = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(gate_up_proj|down_proj)")
-_ROUTER = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
+
+_BESIDE = ".block_sparse_moe."
 
 
 def with_experts_apart(found: Checkpoint, family: Family, config: ModelConfig, where: str) -> dict[str, LazyTensor]:
@@ -36,16 +37,15 @@ def with_experts_apart(found: Checkpoint, family: Family, config: ModelConfig, w
         is_gated = hit[2] == "gate_up_proj"
         mine = [m for m in moves if m.layer == int(hit[1]) and (m.layout is GATED) == is_gated]
         made.update(_taken_apart(name, found[name], mine, where))
-    return _with_published_router(made, family, config)
+    spelled = {other: name for name, _ in _beside_experts(family, config) for other in _in_memory(name)}
+    return {spelled.get(name, name): tensor for name, tensor in made.items()}
 
 
 def stack_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every stack that a file may hold, by each name that it may have, and of a router named so."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = {other: shape for name, shape in _beside_experts(family, config) for other in _in_memory(name)}
     for move in family.moves(config):
         layer = f"model.layers.{move.layer}"
-        if move.name.endswith(".mlp.router.weight"):
-            shapes[f"{layer}.mlp.gate.weight"] = move.shape
         if move.expert is not None:
             stack = "gate_up_proj" if move.layout is GATED else "down_proj"
             for block in ("mlp", "block_sparse_moe"):
@@ -68,10 +68,12 @@ def _taken_apart(name: str, stack: LazyTensor, moves: list[Move], where: str) ->
     return made
 
 
-def _with_published_router(found: dict[str, LazyTensor], family: Family, config: ModelConfig) -> dict[str, LazyTensor]:
-    """Mixtral's router is `mlp.gate` in memory and `block_sparse_moe.gate` in files."""
-    published = {m.layer: m.hf[0] for m in family.moves(config) if m.name.endswith(".mlp.router.weight")}
-    return {
-        published[int(hit[1])] if (hit := _ROUTER.fullmatch(name)) and int(hit[1]) in published else name: tensor
-        for name, tensor in found.items()
-    }
+def _beside_experts(family: Family, config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
+    """(published name, shape) of what stands beside the experts: the router and its bias."""
+    return [(move.hf[0], move.shape) for move in family.moves(config) if _BESIDE in move.hf[0] and move.expert is None]
+
+
+def _in_memory(published: str) -> tuple[str, ...]:
+    """What transformers may call such a tensor in memory: `block_sparse_moe` is `mlp` there, `gate` may be `router`."""
+    name = published.replace(_BESIDE, ".mlp.")
+    return name, name.replace(".mlp.gate.", ".mlp.router.")

@@ -27,8 +27,7 @@ MTP = "mtp.layers."
 """What opens the names of layers that predict further tokens (multi-token prediction)."""
 
 When = Callable[[ModelConfig, int], bool]
-"""(config, layer) -> whether the row exists there; layer is 0 for rows without {layer}, and counts as Hugging Face does.
-"""
+"""(config, layer) -> whether the row exists there; layer counts as Hugging Face does, and is 0 without {layer}."""
 
 
 @dataclass(frozen=True, slots=True)

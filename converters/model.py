@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ import torch
 from ckptbridge.converters.blocks import digest_of
 from ckptbridge.converters.errors import BadInputError, NotSupportedError, told
 from ckptbridge.converters.fields import read_config, write_config
+from ckptbridge.converters.fold import folded
 from ckptbridge.converters.formats import Format, MegatronFormat, detect_format, open_megatron
-from ckptbridge.converters.fp8_folder import dequantised
+from ckptbridge.converters.fp8_folder import dequantised, without_quantisation
 from ckptbridge.converters.further_layers import as_saved_by_hf, as_saved_by_megatron, without_copies
 from ckptbridge.converters.fused_experts import with_experts_apart
 from ckptbridge.converters.hf_folder import HfFolder, find_assets, open_hf_folder, read_json
@@ -26,6 +27,7 @@ from ckptbridge.converters.mcore.megatron_folder import MegatronFolder
 from ckptbridge.converters.mcore.run_config import args_of_run_config
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.mxfp4 import without_mxfp4
+from ckptbridge.converters.pass_through import language_config, read_side_file, set_apart
 from ckptbridge.converters.registry import family_named, family_of, family_that_expresses
 from ckptbridge.converters.tensors import Checkpoint, Computed, LazyTensor, Stored
 
@@ -62,20 +64,29 @@ class Model:
     notes: tuple[str, ...] = ()
     remote: HubShards | None = None
     """Where the shards come from while they are converted; None when all of them are here."""
+    beside: Checkpoint = field(default_factory=dict[str, LazyTensor])
+    """Hugging Face tensors that are no part of the language model, by their names there."""
     derivation: str = ""
     """What was done to the checkpoint at `path`, if it was not taken as it is: two runs with one text do the same."""
 
 
-def open_model(path: Path, *, hf_config: Path | None = None, ignore_config_fields: Iterable[str] = ()) -> Model:
+def open_model(
+    path: Path,
+    *,
+    hf_config: Path | None = None,
+    ignore_config_fields: Iterable[str] = (),
+    pass_through: Sequence[str] = (),
+) -> Model:
     """Open a Hugging Face or Megatron-Core checkpoint and check its names and shapes against its config.
 
-    `hf_config` is a config.json (or its folder) for a Megatron checkpoint that has none beside it.
+    `hf_config` is a config.json (or its folder) for a Megatron checkpoint that has none beside it. Tensors of a
+    Hugging Face folder whose names begin with one of `pass_through` are not looked at (see pass_through.py).
     Raises BadInputError or NotSupportedError naming file and tensor; nothing but headers is read.
     """
     found = detect_format(path)
     try:
         if found == "hf":
-            return model_of_folder(open_hf_folder(path), ignore_config_fields)
+            return model_of_folder(open_hf_folder(path), ignore_config_fields, pass_through)
         return _open_megatron(path, found, hf_config, ignore_config_fields)
     except BadInputError as error:
         if str(path) in str(error):
@@ -83,9 +94,10 @@ def open_model(path: Path, *, hf_config: Path | None = None, ignore_config_field
         raise type(error)(f"{path}: {error}") from error
 
 
-def model_of_folder(folder: HfFolder, ignore: Iterable[str] = ()) -> Model:
+def model_of_folder(folder: HfFolder, ignore: Iterable[str] = (), pass_through: Sequence[str] = ()) -> Model:
     """The model of an opened Hugging Face folder, its names and shapes checked. Raises as `open_model` does."""
-    path, stored, ignore = folder.path, folder, tuple(ignore)
+    path, ignore, whole_config = folder.path, tuple(ignore), folder.config
+    stored, beside = set_apart(folder, pass_through)
     where = str(path / "config.json")
     folder = dequantised(without_mxfp4(stored, ignore), ignore)
     family = family_of(folder.config, where)
@@ -94,6 +106,10 @@ def model_of_folder(folder: HfFolder, ignore: Iterable[str] = ()) -> Model:
     ignored = {name.format(layer=layer) for name in family.ignored for layer in range(config.num_layers)}
     notes = [*folder.notes, *missing]
     dropped = set(family.copied(config))
+    if absent := [name for name in family.copied(config) if name not in folder.tensors]:
+        notes.append(
+            f"{', '.join(folded(absent))} are not there; published models have them, and they are written back"
+        )
     found = with_experts_apart(without_copies(folder.tensors, family, config, str(path)), family, config, str(path))
     if "lm_head.weight" in found and "lm_head.weight" not in expected:
         notes.append(_drop_tied_head(path, found))
@@ -108,9 +124,10 @@ def model_of_folder(folder: HfFolder, ignore: Iterable[str] = ()) -> Model:
         family=family,
         config=config,
         tensors=packed(family, config, hf, _file_of(path, sources)),
-        sources=sources,
+        sources={**sources, **beside},
         dtype=_main_dtype(hf.values()),
-        hf_config=folder.config,
+        hf_config=whole_config if folder is stored else without_quantisation(whole_config),
+        beside=beside,
         hf_config_file=path / "config.json" if folder is stored else None,
         assets=folder.assets,
         notes=tuple(notes),
@@ -146,11 +163,13 @@ def _drop_tied_head(path: Path, found: dict[str, LazyTensor]) -> str:
 def _open_megatron(path: Path, found: MegatronFormat, hf_config: Path | None, ignore: Iterable[str]) -> Model:
     folder = open_megatron(path, found)
     hf_file = _hf_config_file(path, folder.path, hf_config)
+    beside = read_side_file(hf_file)
     args, where = folder.args or args_of_run_config(folder.path, needed=hf_file is None), str(folder.path)
     if hf_file is not None:
         raw = read_json(hf_file)
-        family = family_of(raw, str(hf_file))
-        config = as_saved_by_megatron(read_config(family.fields, raw, str(hf_file), ignore), folder.sources())
+        own = language_config(raw)[0] if beside else raw
+        family = family_of(own, str(hf_file))
+        config = as_saved_by_megatron(read_config(family.fields, own, str(hf_file), ignore), folder.sources())
         if args is not None:
             named_vocab = (getattr(args, "vocab_size", None), getattr(args, "padded_vocab_size", None))
             check_agreement(config, config_from_args(args, where), str(hf_file), where, named_vocab)
@@ -179,7 +198,8 @@ def _open_megatron(path: Path, found: MegatronFormat, hf_config: Path | None, ig
         family=family,
         config=config,
         tensors=tensors,
-        sources=folder.sources(),
+        sources={**folder.sources(), **beside},
+        beside=beside,
         dtype=dtype,
         hf_config=raw,
         hf_config_file=hf_file,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ckptbridge.converters.errors import BadInputError, told
-from ckptbridge.converters.rope_scaling import RopeScaling
+from ckptbridge.converters.rope_scaling import LongRopeScaling, RopeScaling
 
 _LARGEST = 1 << 48
 _FROM_ONE = (
@@ -156,6 +156,12 @@ class ModelConfig:
             raise BadInputError(
                 f"window_layers names {len(self.window_layers)} layers, but the model has {self.num_layers}"
             )
+        if isinstance(self.rope_scaling, LongRopeScaling):
+            for factors in (self.rope_scaling.short_factor, self.rope_scaling.long_factor):
+                if len(factors) != self.rotary_dim // 2:
+                    raise BadInputError(
+                        f"rope_scaling has {len(factors)} factors, but {self.rotary_dim} channels of a head turn"
+                    )
         if self.multi_latent_attention:
             _check_latent(self)
         if self.num_moe_experts is not None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ckptbridge.converters.errors import BadInputError, NotSupportedError, told
-from ckptbridge.converters.families.gpt_oss import GPT_OSS
+from ckptbridge.converters.families.deepseek_v2 import DEEPSEEK_V2
 from ckptbridge.converters.families.deepseek_v3 import DEEPSEEK_V3
 from ckptbridge.converters.families.gemma import GEMMA
 from ckptbridge.converters.families.gemma2 import GEMMA2
 from ckptbridge.converters.families.gemma3 import GEMMA3
+from ckptbridge.converters.families.glm4_moe import GLM4_MOE
+from ckptbridge.converters.families.gpt_oss import GPT_OSS
 from ckptbridge.converters.families.granite import GRANITE, GRANITE_MOE
 from ckptbridge.converters.families.llama import LLAMA
 from ckptbridge.converters.families.minimax_m2 import MINIMAX_M2
@@ -36,7 +38,9 @@ FAMILIES: tuple[Family, ...] = (
     QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
+    DEEPSEEK_V2,
     DEEPSEEK_V3,
+    GLM4_MOE,
     PHI3,
     OLMO2,
     OLMOE,

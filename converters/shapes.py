@@ -52,7 +52,10 @@ _SHAPES: dict[str, Callable[[ModelConfig], tuple[int, ...]]] = {
     "self_attention.linear_q_down_proj.weight": lambda c: (c.q_lora_rank or 0, c.hidden_size),
     "self_attention.linear_q_up_proj.layer_norm_weight": lambda c: (c.q_lora_rank or 0,),
     "self_attention.linear_q_up_proj.weight": lambda c: (c.num_attention_heads * c.kv_channels, c.q_lora_rank or 0),
-    "self_attention.linear_kv_down_proj.weight": lambda c: (_kv_latent(c) + (c.qk_pos_emb_head_dim or 0), c.hidden_size),
+    "self_attention.linear_kv_down_proj.weight": lambda c: (
+        _kv_latent(c) + (c.qk_pos_emb_head_dim or 0),
+        c.hidden_size,
+    ),
     "self_attention.linear_kv_up_proj.layer_norm_weight": lambda c: (_kv_latent(c),),
     "self_attention.linear_kv_up_proj.weight": lambda c: (
         c.num_attention_heads * ((c.qk_head_dim or 0) + _value_head(c)),

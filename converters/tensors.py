@@ -58,7 +58,7 @@ class LazyTensor(ABC):
 
     def cast(self, dtype: torch.dtype) -> LazyTensor:
         """The tensor in another dtype; see the function `cast`."""
-        return Cast(self, self.shape, dtype, lambda rows: rows.to(dtype), prod(self.shape[1:]) * dtype.itemsize)
+        return RowMap(self, self.shape, dtype, lambda rows: rows.to(dtype), prod(self.shape[1:]) * dtype.itemsize)
 
     def columns(self, start: int, stop: int) -> LazyTensor:
         """Some columns of a tensor; see the function `columns`."""
@@ -159,10 +159,6 @@ class RowMap(LazyTensor):
     @property
     def work_row_nbytes(self) -> int:
         return self.base.work_row_nbytes + self.extra_nbytes
-
-
-class Cast(RowMap):
-    """The same elements in another dtype."""
 
 
 class Beside(LazyTensor):

@@ -1,24 +1,40 @@
 """Matrices whose rows and columns are exchanged, and matrices whose rows take turns; nothing is read.
 
-Some families store an expert as [inputs, outputs] and its gate_proj and up_proj as columns in turn. Rows of such a
-tensor lie scattered over all rows of the other, so of each only the columns that are asked for are read.
+Some families store an expert as [inputs, outputs] and its gate_proj and up_proj as columns in turn.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ckptbridge.converters.tensors import Beside, Cast, InMemory, LazyTensor, Rows, Stored, read_exactly
+from ckptbridge.converters.tensors import LazyTensor
 
 _CHUNK_NBYTES = 1 << 20
-"""What is read at a time of a tensor that can be read by whole rows only."""
+BAND_NBYTES = 16 << 20
+"""What a thread keeps: half an expert of GPT-OSS, whose matrices are read twice."""
+
+
+class _Band(threading.local):
+    """Rows of the turned matrix that a thread made last: it asks for them a few at a time, in order."""
+
+    owner: LazyTensor | None = None
+    start = 0
+    rows = torch.empty(0)
+
+
+_band = _Band()
 
 
 class Turned(LazyTensor):
-    """A matrix with rows and columns exchanged. Made by `turned`."""
+    """A matrix with rows and columns exchanged. Made by `turned`.
+
+    Each thread keeps 16 MiB of rows, so that the other matrix, of which all rows are needed for any row here, is read
+    once for so many and not for each block.
+    """
 
     def __init__(self, base: LazyTensor) -> None:
         self.base, self.shape, self.dtype = base, (base.shape[1], base.shape[0]), base.dtype
@@ -27,11 +43,26 @@ class Turned(LazyTensor):
         return (self.base,)
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        return read_box(self.base, (0, self.base.shape[0]), (start, stop)).T.contiguous()
+        if start >= stop or not self.row_nbytes:
+            return torch.empty(stop - start, self.shape[1], dtype=self.dtype)
+        if _band.owner is not self or start < _band.start or stop > _band.start + len(_band.rows):
+            _band.owner, _band.rows = None, torch.empty(0)  # before the next one takes memory
+            end = min(self.shape[0], max(stop, start + BAND_NBYTES // self.row_nbytes))
+            _band.rows = self._made(start, end)
+            _band.owner, _band.start = self, start
+        return _band.rows[start - _band.start : stop - _band.start].clone()
+
+    def _made(self, start: int, stop: int) -> Tensor:
+        made = torch.empty(stop - start, self.shape[1], dtype=self.dtype)
+        step = max(1, _CHUNK_NBYTES // max(1, self.base.work_row_nbytes))
+        for at in range(0, self.shape[1], step):
+            end = min(self.shape[1], at + step)
+            made[:, at:end] = self.base.read_rows(at, end)[:, start:stop].T
+        return made
 
     @property
     def work_row_nbytes(self) -> int:
-        return 3 * self.row_nbytes
+        return 2 * self.row_nbytes
 
 
 class EveryNth(LazyTensor):
@@ -45,11 +76,9 @@ class EveryNth(LazyTensor):
         return (self.base,)
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        return self.base.read_rows(*self.span(start, stop))[:: self.step].contiguous()
-
-    def span(self, start: int, stop: int) -> tuple[int, int]:
-        """The rows of the base among which rows [start, stop) of this tensor are."""
-        return self.first + start * self.step, self.first + max(start, stop - 1) * self.step + (stop > start)
+        first = self.first + start * self.step
+        last = first + (stop - start - 1) * self.step + 1 if stop > start else first
+        return self.base.read_rows(first, last)[:: self.step].contiguous()
 
     @property
     def work_row_nbytes(self) -> int:
@@ -67,19 +96,11 @@ class InTurn(LazyTensor):
         return self.parts
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        return self._filled(start, stop, self.shape[1:], None)
-
-    def read_columns(self, start: int, stop: int, columns: tuple[int, int]) -> Tensor:
-        """Rows [start, stop), of them these columns alone."""
-        return self._filled(start, stop, (columns[1] - columns[0],), columns)
-
-    def _filled(self, start: int, stop: int, tail: tuple[int, ...], columns: tuple[int, int] | None) -> Tensor:
-        whole = torch.empty((stop - start, *tail), dtype=self.dtype)
+        whole = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
         count = len(self.parts)
         for number, part in enumerate(self.parts):
             low, high = (-(-(edge - number) // count) for edge in (start, stop))
-            found = part.read_rows(low, high) if columns is None else read_box(part, (low, high), columns)
-            whole[low * count + number - start :: count] = found
+            whole[low * count + number - start :: count] = part.read_rows(low, high)
         return whole
 
     @property
@@ -90,54 +111,3 @@ class InTurn(LazyTensor):
 def turned(tensor: LazyTensor) -> LazyTensor:
     """A matrix with rows and columns exchanged; twice is the matrix itself."""
     return tensor.base if isinstance(tensor, Turned) else Turned(tensor)
-
-
-def read_box(tensor: LazyTensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-    """Some columns of some rows of a matrix, and as little else as its form allows."""
-    (start, stop), (low, high) = rows, columns
-    if (low, high) == (0, tensor.shape[1]):
-        return tensor.read_rows(start, stop)
-    if isinstance(tensor, Stored):
-        return _read_strided(tensor, rows, columns)
-    if isinstance(tensor, InMemory):
-        return tensor.tensor[start:stop, low:high].cpu()
-    if isinstance(tensor, Cast):
-        return read_box(tensor.base, rows, columns).to(tensor.dtype)
-    if isinstance(tensor, Turned):
-        return read_box(tensor.base, columns, rows).T
-    if isinstance(tensor, EveryNth):
-        return read_box(tensor.base, tensor.span(start, stop), columns)[:: tensor.step]
-    if isinstance(tensor, InTurn):
-        return tensor.read_columns(start, stop, columns)
-    if isinstance(tensor, Rows):
-        parts = [read_box(base, (first, last), columns) for base, first, last in tensor.cut(start, stop)]
-        return torch.cat(parts) if parts else torch.empty(0, high - low, dtype=tensor.dtype)
-    if isinstance(tensor, Beside):
-        return _read_beside(tensor, rows, columns)
-    made = torch.empty(stop - start, high - low, dtype=tensor.dtype)
-    step = max(1, _CHUNK_NBYTES // max(1, tensor.work_row_nbytes))
-    for at in range(start, stop, step):
-        end = min(stop, at + step)
-        made[at - start : end - start] = tensor.read_rows(at, end)[:, low:high]
-    return made
-
-
-def _read_strided(tensor: Stored, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-    found = torch.empty(rows[1] - rows[0], columns[1] - columns[0], dtype=tensor.dtype)
-    if not found.numel():
-        return found
-    first = tensor.offset + rows[0] * tensor.row_nbytes + columns[0] * tensor.dtype.itemsize
-    for number, into in enumerate(found.view(torch.uint8).numpy()):
-        read_exactly(tensor.path, first + number * tensor.row_nbytes, memoryview(into))
-    return found
-
-
-def _read_beside(tensor: Beside, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-    made: list[Tensor] = []
-    at = 0
-    for part in tensor.parts:
-        low, high = max(columns[0] - at, 0), min(columns[1] - at, part.shape[1])
-        if low < high:
-            made.append(read_box(part, rows, (low, high)))
-        at += part.shape[1]
-    return torch.cat(made, dim=1) if made else torch.empty(rows[1] - rows[0], 0, dtype=tensor.dtype)

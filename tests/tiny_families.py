@@ -23,7 +23,33 @@ _GRANITE: dict[str, Any] = {
 }
 _NO_RESIDUAL_MULTIPLIER = "it has no multiplier for what attention and MLP add to the residual stream"
 
+_GLM: dict[str, Any] = {
+    **{"head_dim": 16, "attention_bias": True, "first_k_dense_replace": 1},
+    **{"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "n_shared_experts": 1},
+}
+
 FURTHER: dict[str, TinyModel] = {
+    "glm4_moe": TinyModel(
+        hf_class="Glm4Moe",
+        config=_GLM | {"use_qk_norm": True, "routed_scaling_factor": 2.5},
+        further_layers=1,
+    ),
+    # Every head turns in its first quarter; as transformers saves it.
+    "glm4_moe_air": TinyModel(
+        hf_class="Glm4Moe", config=_GLM | {"partial_rotary_factor": 0.25, "attention_bias": False}
+    ),
+    # megatron-core ranks a group by its best topk / topk_group experts: here, as the class, by one.
+    "deepseek_v2": TinyModel(
+        hf_class="DeepseekV2",
+        config=_DEEPSEEK
+        | {"q_lora_rank": 28, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 3}
+        | {"num_experts_per_tok": 3, "routed_scaling_factor": 2.0, "rope_parameters": _DEEPSEEK_YARN},
+    ),
+    "deepseek_v2_lite": TinyModel(
+        hf_class="DeepseekV2",
+        config=_DEEPSEEK | {"q_lora_rank": None},
+        not_in_megatron="without a latent of queries it norms what linear_q_proj gets once more",
+    ),
     "deepseek_v3": TinyModel(
         hf_class="DeepseekV3",
         config=_DEEPSEEK
@@ -144,6 +170,61 @@ FURTHER: dict[str, TinyModel] = {
             "sliding_window": 7,
         },
         not_in_megatron="its router weighs experts one by one",
+    ),
+    "llama_biased": TinyModel(
+        hf_class="Llama",
+        config={
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
+        },
+    ),
+    "qwen2_windowed": TinyModel(
+        hf_class="Qwen2",
+        config={
+            "rms_norm_eps": 1e-6,
+            "max_window_layers": 2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+            "sliding_window": 7,
+            "use_sliding_window": True,
+        },
+    ),
+    "qwen2_moe_windowed": TinyModel(
+        hf_class="Qwen2Moe",
+        config={
+            "intermediate_size": 48,
+            "moe_intermediate_size": 48,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "qkv_bias": False,
+            "shared_expert_intermediate_size": 80,
+            "sliding_window": 7,
+            "use_sliding_window": True,
+        },
+    ),
+    "qwen3_biased": TinyModel(
+        hf_class="Qwen3",
+        config={"head_dim": 16, "attention_bias": True},
+        not_in_megatron="it has biases in attention only",
+    ),
+    "qwen3_moe_biased": TinyModel(
+        hf_class="Qwen3Moe",
+        config={
+            "attention_bias": True,
+            "head_dim": 16,
+            "intermediate_size": 40,
+            "moe_intermediate_size": 40,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": 7,
+            "use_sliding_window": True,
+        },
+        not_in_megatron="it has biases in attention only",
     ),
     "mixtral_windowed": TinyModel(
         hf_class="Mixtral", config={"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7}

@@ -1,4 +1,4 @@
-"""Layers that predict further tokens, beside a model that transformers saved: as DeepSeek-V3's published files have them."""
+"""Layers that predict further tokens beside a model that transformers saved, as DeepSeek-V3's files have them."""
 
 from __future__ import annotations
 

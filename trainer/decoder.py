@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ckptbridge.converters.errors import NotSupportedError
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.trainer.activations import activated, fc1_rows
 from ckptbridge.trainer.attention import Positions, SelfAttention, positions
@@ -139,6 +140,8 @@ class Layer(nn.Module):
         else:
             self.self_attention = SelfAttention(config, number, backend)
         if config.is_moe_layer(number):
+            if config.post_layernorm or not config.pre_layernorm:
+                raise NotSupportedError("this package's decoder has a norm before a mixture of experts, none behind it")
             self.pre_mlp_layernorm = Norm(config.hidden_size, config, backend)
             self.mlp: Mixture | Mlp = Mixture(config, backend)
         else:

@@ -15,7 +15,7 @@ from ckptbridge.trainer.decoder import Decoder
 from ckptbridge.trainer.router import Router
 
 _READ_BYTES = 64 << 20
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
 
 
 def empty_decoder(config: ModelConfig, backend: str, dtype: torch.dtype, device: torch.device) -> Decoder:

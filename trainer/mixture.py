@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ckptbridge.converters.model_config import ModelConfig
-from ckptbridge.kernels.swiglu import swiglu
 from ckptbridge.trainer.activations import activated, fc1_rows
 from ckptbridge.trainer.dispatch import Order, combine, dispatch
 from ckptbridge.trainer.grouped_linear import grouped_linear
@@ -91,15 +90,15 @@ class SharedExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
-        self.backend = backend
+        self.config, self.backend = config, backend
         ffn = config.moe_shared_expert_intermediate_size or 0
-        self.linear_fc1 = nn.Linear(config.hidden_size, 2 * ffn, bias=False)
+        self.linear_fc1 = nn.Linear(config.hidden_size, fc1_rows(config, ffn), bias=False)
         self.linear_fc2 = nn.Linear(ffn, config.hidden_size, bias=False)
         weight = nn.Parameter(torch.empty(1, config.hidden_size)) if config.moe_shared_expert_gate else None
         self.register_parameter("gate_weight", weight)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        out_TH = self.linear_fc2(swiglu(self.linear_fc1(x_TH), backend=self.backend))
+        out_TH = self.linear_fc2(activated(self.linear_fc1(x_TH), self.config, self.backend))
         if self.gate_weight is None:
             return out_TH
         return torch.sigmoid(nn.functional.linear(x_TH, self.gate_weight)) * out_TH

@@ -89,7 +89,15 @@ def _load_transformers(model: Model, dtype: torch.dtype) -> Any:
     finally:
         if shows_progress:
             logging.enable_progress_bar()
-    problems = [f"{kind}: {', '.join(folded(sorted(map(str, names))))}" for kind, names in info.items() if names]
+    ignored = _further_layers(model)  # transformers' classes have no part in them
+    found = {kind: [name for name in map(str, names) if not name.startswith(ignored)] for kind, names in info.items()}
+    problems = [f"{kind}: {', '.join(folded(sorted(names)))}" for kind, names in found.items() if names]
     if problems:
         raise BadInputError(f"{model.path}: transformers does not find this model's weights: {'; '.join(problems)}")
     return network.eval()
+
+
+def _further_layers(model: Model) -> tuple[str, ...]:
+    """What the names of layers that predict further tokens begin with."""
+    first = model.config.num_layers
+    return tuple(f"model.layers.{layer}." for layer in range(first, first + model.config.mtp_num_layers))

@@ -30,13 +30,14 @@ def hf2mcore(
     tell: o.TellFlags,
     revision: o.Revision = None,
     ignore_config_field: o.IgnoreField = None,
+    pass_through: o.PassThrough = None,
 ) -> None:
     """Convert a Hugging Face checkpoint to Megatron-Core."""
     from ckptbridge.converters.convert import plan_conversion
 
     options = o.ConvertFlags(layout=layout, megatron=megatron, output=output, run=run).options()
     start = time.perf_counter()
-    read = o.ReadFlags(revision=revision, ignore_config_field=ignore_config_field)
+    read = o.ReadFlags(revision=revision, ignore_config_field=ignore_config_field, pass_through=pass_through)
     model = opened(source, read, "plan" if run.dry_run else "stream", target)
     if model.format != "hf":
         refuse(model, "hf", "mcore2hf")
@@ -78,6 +79,7 @@ def opened(source: str, read: o.ReadFlags, need: Need = "whole", target: Path | 
         revision=read.revision,
         hf_config=read.hf_config,
         ignore_config_fields=read.ignore_config_field or (),
+        pass_through=read.pass_through or (),
     )
 
 

@@ -52,9 +52,14 @@ PROJECTION_BIAS = (
     ),
 )
 
-QK_NORM = (
-    Param(f"{M}.self_attention.q_layernorm.weight", f"{H}.self_attn.q_norm.weight", COPY),
-    Param(f"{M}.self_attention.k_layernorm.weight", f"{H}.self_attn.k_norm.weight", COPY),
+QK_NORM = tuple(
+    Param(
+        f"{M}.self_attention.{which}_layernorm.weight",
+        f"{H}.self_attn.{which}_norm.weight",
+        COPY,
+        when=lambda config, layer: config.qk_layernorm,
+    )
+    for which in "qk"
 )
 
 

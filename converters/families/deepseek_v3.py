@@ -13,6 +13,7 @@ from ckptbridge.converters.families.latent import (
     MIXTURE_FIELDS,
     SHARED_EXPERTS,
     DenseFirst,
+    ExpertGroups,
     scaling_factor,
 )
 from ckptbridge.converters.fields import Lacks, Must, Pair
@@ -39,6 +40,7 @@ DEEPSEEK_V3 = Family(
         *SIZE_FIELDS,
         *LATENT_FIELDS,
         *MIXTURE_FIELDS,
+        ExpertGroups(),
         DenseFirst(default=3),
         scaling_factor(default=2.5),
         Pair("norm_topk_prob", "moe_router_pre_softmax", default=True, convert=(operator.not_, operator.not_)),

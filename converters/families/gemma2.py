@@ -22,8 +22,8 @@ def _scale(channels: int) -> float:
 
 
 def _channels(scale: float | None) -> int:
-    if scale is None:
-        raise NotSupportedError("softmax_scale is None, which this Hugging Face class cannot express")
+    if scale is None or scale < 1e-6:
+        raise NotSupportedError(f"softmax_scale is {scale}, which this Hugging Face class cannot express")
     return round(scale**-2)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 from ckptbridge.converters.errors import NotSupportedError
 from ckptbridge.converters.families.attention import ATTENTION, DOWN, GATE_UP_APART, MODEL_ENDS, QK_NORM
@@ -31,7 +31,7 @@ class TwoRopes(FieldRow):
         given: Json = hf.get("rope_parameters") or {}
         if strange := sorted(set(given) - {_ALL, _LOCAL}):
             raise NotSupportedError(f"config.json: rope_parameters holds {strange}; known are {_ALL} and {_LOCAL}")
-        of_all: Any = {**(given.get(_ALL) or {}), **(hf.get("rope_scaling") or {})}
+        of_all: Json = {**cast(Json, given.get(_ALL) or {}), **cast(Json, hf.get("rope_scaling") or {})}
         everywhere = _GLOBAL.to_mcore(hf | {"rope_parameters": of_all, "rope_scaling": None})
         local: Json = {"rope_theta": hf.get("rope_local_base_freq"), "rope_parameters": given.get(_LOCAL)}
         return everywhere | {"local_rotary_base": _WINDOWED.to_mcore(local)["rotary_base"]}

@@ -1,4 +1,4 @@
-"""Granite 3, dense and with experts: Llama, and a multiplier for embeddings, scores, residual stream and logits each."""
+"""Granite 3, dense and with experts: Llama with multipliers of embeddings, scores, the residual stream and logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows and fields of models with latent attention: DeepSeek's, and mixtures with shared experts as DeepSeek has them."""
+"""Rows and fields of models with latent attention, and of mixtures with shared experts as DeepSeek has them."""
 
 from __future__ import annotations
 
@@ -185,7 +185,6 @@ MIXTURE_FIELDS: tuple[FieldRow, ...] = (
     Pair("moe_intermediate_size", "moe_ffn_hidden_size"),
     Pair("intermediate_size", "ffn_hidden_size"),
     SharedExperts(),
-    ExpertGroups(),
     # Losses of training, and how many machines the authors spread the experts over.
     Pair("aux_loss_alpha", "moe_aux_loss_coeff", default=0.0),
     Irrelevant(("seq_aux", "ep_size")),

@@ -1,8 +1,18 @@
-"""Llama 2 and 3, and every model that is published as LlamaForCausalLM with plain or llama3 rope."""
+"""Llama 2 and 3, and every model that is published as LlamaForCausalLM whatever its rotary scaling."""
 
 from __future__ import annotations
 
-from ckptbridge.converters.families.attention import ATTENTION, DENSE_MLP, HEAD_DIM, MODEL_ENDS, SIZE_FIELDS
+from ckptbridge.converters.families.attention import (
+    ATTENTION,
+    ATTENTION_BIAS,
+    DENSE_MLP,
+    HEAD_DIM,
+    MLP_BIAS,
+    MODEL_ENDS,
+    PROJECTION_BIAS,
+    QKV_BIAS,
+    SIZE_FIELDS,
+)
 from ckptbridge.converters.fields import Lacks, Must, Pair
 from ckptbridge.converters.mapping import Family
 from ckptbridge.converters.rope_fields import Rope
@@ -10,18 +20,17 @@ from ckptbridge.converters.rope_fields import Rope
 LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
-    params=MODEL_ENDS + ATTENTION + DENSE_MLP,
+    params=MODEL_ENDS + ATTENTION + QKV_BIAS + PROJECTION_BIAS + DENSE_MLP + MLP_BIAS,
     fields=(
         *SIZE_FIELDS,
         HEAD_DIM,
         Pair("intermediate_size", "ffn_hidden_size"),
         Pair("rms_norm_eps", "layernorm_epsilon", default=1e-6),
         Rope(),
-        Must("attention_bias", False),
-        Must("mlp_bias", False),
+        *ATTENTION_BIAS,
+        Pair("mlp_bias", "add_mlp_bias", default=False),
         Must("rope_interleaved", False, write=False),
         Lacks("window_size", None),
-        Lacks("add_qkv_bias", False),
         Lacks("qk_layernorm", False),
         Lacks("num_moe_experts", None),
     ),

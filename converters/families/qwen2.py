@@ -10,9 +10,10 @@ from ckptbridge.converters.families.attention import (
     QKV_BIAS,
     SIZE_FIELDS,
 )
-from ckptbridge.converters.fields import FullAttention, Lacks, Must, Pair
+from ckptbridge.converters.fields import Lacks, Must, Pair
 from ckptbridge.converters.mapping import Family
 from ckptbridge.converters.rope_fields import Rope
+from ckptbridge.converters.window_fields import LAST_LAYERS
 
 QWEN2 = Family(
     name="qwen2",
@@ -23,7 +24,7 @@ QWEN2 = Family(
         HEAD_DIM,
         Pair("intermediate_size", "ffn_hidden_size"),
         Pair("rms_norm_eps", "layernorm_epsilon", default=1e-6),
-        FullAttention(),
+        LAST_LAYERS,
         Must("use_mrope", False, write=False),
         Rope(),
         Lacks("add_qkv_bias", True),

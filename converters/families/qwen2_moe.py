@@ -14,9 +14,10 @@ from ckptbridge.converters.families.attention import (
     SIZE_FIELDS,
     moe_mlp,
 )
-from ckptbridge.converters.fields import FullAttention, Lacks, Must, Pair, SparseLayers
+from ckptbridge.converters.fields import Lacks, Must, Pair, SparseLayers
 from ckptbridge.converters.mapping import Family
 from ckptbridge.converters.rope_fields import Rope
+from ckptbridge.converters.window_fields import EVERY_SECOND_LAYER
 
 QWEN2_MOE = Family(
     name="qwen2_moe",
@@ -39,7 +40,7 @@ QWEN2_MOE = Family(
         Pair("qkv_bias", "add_qkv_bias", default=True),
         Pair("rms_norm_eps", "layernorm_epsilon", default=1e-6),
         SparseLayers(),
-        FullAttention(),
+        EVERY_SECOND_LAYER,
         Must("use_mrope", False, write=False),
         Rope(),
         Lacks("moe_shared_expert_gate", True),

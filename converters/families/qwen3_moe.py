@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from ckptbridge.converters.families.attention import (
     ATTENTION,
+    ATTENTION_BIAS,
     DENSE_MLP,
     HEAD_DIM,
     MODEL_ENDS,
     MOE_FIELDS,
     NORM_TOPK_PROB,
+    PROJECTION_BIAS,
     QK_NORM,
+    QKV_BIAS,
     SIZE_FIELDS,
     moe_mlp,
 )
-from ckptbridge.converters.fields import FullAttention, Lacks, Must, Pair, SparseLayers
+from ckptbridge.converters.fields import Lacks, Pair, SparseLayers
 from ckptbridge.converters.mapping import Family
 from ckptbridge.converters.rope_fields import Rope
+from ckptbridge.converters.window_fields import EVERY_LAYER
 
 QWEN3_MOE = Family(
     name="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     params=MODEL_ENDS
     + ATTENTION
+    + QKV_BIAS
+    + PROJECTION_BIAS
     + QK_NORM
     + DENSE_MLP
     + moe_mlp("mlp", gate_proj="gate_proj", up_proj="up_proj", down_proj="down_proj"),
@@ -35,11 +41,10 @@ QWEN3_MOE = Family(
         Pair("intermediate_size", "ffn_hidden_size"),
         Pair("moe_intermediate_size", "moe_ffn_hidden_size"),
         Pair("rms_norm_eps", "layernorm_epsilon", default=1e-6),
-        Must("attention_bias", False),
+        *ATTENTION_BIAS,
         SparseLayers(),
-        FullAttention(),
+        EVERY_LAYER,
         Rope(),
-        Lacks("add_qkv_bias", False),
         Lacks("qk_layernorm", True),
         Lacks("moe_shared_expert_intermediate_size", None),
         Lacks("moe_shared_expert_gate", False),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +46,7 @@ def open_source(
     revision: str | None = None,
     hf_config: Path | None = None,
     ignore_config_fields: Iterable[str] = (),
+    pass_through: Sequence[str] = (),
 ) -> Model:
     """Open what `source` names, a folder or a Hub id, fetching no more than is needed.
 
@@ -56,11 +57,12 @@ def open_source(
     path, ignore = Path(source), tuple(ignore_config_fields)
     if path.exists():
         if need == "plan" and is_announced_only(path):
-            return model_of_folder(open_announced(path, ignore_config_fields=ignore), ignore)
-        return open_model(path, hf_config=hf_config, ignore_config_fields=ignore)
+            return model_of_folder(open_announced(path, ignore_config_fields=ignore), ignore, pass_through)
+        return open_model(path, hf_config=hf_config, ignore_config_fields=ignore, pass_through=pass_through)
     _check_id(source)
-    if need == "whole" or _is_offline() or hf_config is not None:
-        return open_model(local_folder(source, revision), hf_config=hf_config, ignore_config_fields=ignore)
+    if need == "whole" or pass_through or _is_offline() or hf_config is not None:
+        folder = local_folder(source, revision)
+        return open_model(folder, hf_config=hf_config, ignore_config_fields=ignore, pass_through=pass_through)
     from ckptbridge.converters.hub.repository import find_repository
 
     repository = find_repository(source, revision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from math import isclose
 from typing import Any
 
 from ckptbridge.converters.errors import BadInputError
@@ -32,7 +33,7 @@ def check_agreement(
     wrong = [
         f"  {name}: {getattr(from_hf, name)!r} in {hf_where}, {getattr(from_args, name)!r} in the args of {args_where}"
         for name in STRUCTURE
-        if getattr(from_hf, name) != getattr(from_args, name)
+        if not _alike(getattr(from_hf, name), getattr(from_args, name))
         and not (name.startswith("moe_") and from_hf.num_moe_experts is None)
     ]
     if (from_hf.rope_scaling is None) != (from_args.rope_scaling is None):
@@ -43,3 +44,10 @@ def check_agreement(
         wrong.append(f"  vocab_size: {from_hf.vocab_size} in {hf_where}, {told}")
     if wrong:
         raise BadInputError("the config.json and the checkpoint's arguments describe two models:\n" + "\n".join(wrong))
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Some numbers are computed from arguments: they may differ in their last digits."""
+    if isinstance(one, float) and isinstance(other, float):
+        return isclose(one, other, rel_tol=1e-12)
+    return one == other

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import fields
+from math import isclose
 from typing import Any, cast
 
 from ckptbridge.converters.errors import BadInputError, NotSupportedError, told
@@ -18,7 +19,6 @@ _MUST: dict[str, tuple[Any, ...]] = {
     "no_rope_freq": (None, 0),
     "qk_l2_norm": (False, None),
     "apply_residual_connection_post_layernorm": (False, None),
-    "use_mup": (False, None),
     "moe_apply_probs_on_input": (False, None),
     "attention_output_gate": (False, None),
     "experimental_attention_variant": (None,),
@@ -52,7 +52,7 @@ def config_from_args(args: Namespace, where: str) -> ModelConfig:
             ffn_hidden_size=expert_ffn if expert_ffn and freq == 1 else ffn,
             num_attention_heads=heads,
             num_query_groups=given.whole("num_query_groups", heads) if given.flag("group_query_attention") else heads,
-            kv_channels=given.whole("kv_channels", hidden // heads),
+            kv_channels=_head(given, hidden // heads),
             vocab_size=given.whole("vocab_size", None) or given.whole("padded_vocab_size"),
             max_position_embeddings=given.whole("max_position_embeddings", 4096),
             layernorm_epsilon=epsilon,
@@ -66,7 +66,7 @@ def config_from_args(args: Namespace, where: str) -> ModelConfig:
             moe_ffn_hidden_size=expert_ffn,
             moe_layer_freq=freq,
             moe_router_topk=given.whole("moe_router_topk", 2),
-            moe_router_pre_softmax=given.flag("moe_router_pre_softmax"),
+            moe_router_pre_softmax=given.flag("moe_router_pre_softmax") and not _always_divides(args),
             moe_shared_expert_intermediate_size=given.whole("moe_shared_expert_intermediate_size", None),
             moe_shared_expert_gate=given.flag("moe_shared_expert_gate"),
             moe_aux_loss_coeff=given.number("moe_aux_loss_coeff", 0.0) if experts else 0.0,
@@ -76,6 +76,19 @@ def config_from_args(args: Namespace, where: str) -> ModelConfig:
         raise
     except BadInputError as error:
         raise BadInputError(f"{where}: the args describe no model: {error}") from error
+
+
+def _head(given: _Arguments, default: int) -> int:
+    """The width of a head: of latent attention Megatron has it in two parts, and another number in kv_channels."""
+    if given.flag("multi_latent_attention"):
+        return given.whole("qk_head_dim", 128) + given.whole("qk_pos_emb_head_dim", 64)
+    return given.whole("kv_channels", default)
+
+
+def _always_divides(args: Namespace) -> bool:
+    """Whether these are Megatron's own arguments of a sigmoid router, which asks nobody."""
+    own = not isinstance(getattr(args, BEYOND, None), dict)
+    return own and getattr(args, "moe_router_score_function", None) == "sigmoid"
 
 
 def _further(args: Namespace, given: _Arguments, has_experts: bool, where: str) -> dict[str, Any]:
@@ -103,7 +116,23 @@ def _further(args: Namespace, given: _Arguments, has_experts: bool, where: str) 
     made["window_layers"] = given.window_layers()
     made["mtp_num_layers"] = given.whole("mtp_num_layers", 0) if getattr(args, "mtp_num_layers", None) else 0
     made["rope_scaling"] = _scaling(given)
-    return made
+    return made | (_multipliers(given, where) if given.flag("use_mup") else {})
+
+
+def _multipliers(given: _Arguments, where: str) -> dict[str, Any]:
+    """What muP changes in a model: of another width than its base, more than is known here."""
+    hidden, heads = given.whole("hidden_size"), given.whole("num_attention_heads")
+    for name, known in (("mup_base_hidden_size", hidden), ("mup_attn_scale_power", 1.0)):
+        if (found := getattr(given.args, name, None)) not in (None, known):
+            raise NotSupportedError(f"{where}: args.{name} is {told(found)}; supported: {known}")
+    base_head, output = given.positive("mup_base_head_dim", 1.0), given.positive("mup_output_mult", 1.0)
+    channels = given.whole("kv_channels", hidden // heads)
+    scale = base_head**0.5 / channels
+    return {
+        "embedding_multiplier": given.number("mup_embedding_mult", 1.0),
+        "logits_divisor": 1 / output,
+        "softmax_scale": None if isclose(scale, channels**-0.5, rel_tol=1e-12) else scale,
+    }
 
 
 def _activation(given: _Arguments) -> dict[str, Any]:
@@ -125,14 +154,22 @@ def _scaling(given: _Arguments) -> RopeScaling | None:
     if not latent and given.word("position_embedding_type") != "yarn":
         return None
     prefix = "" if latent else "yarn_"
+
+    def number(name: str, default: float) -> float:
+        """Megatron-LM has arguments of its own with the prefix for some of them only."""
+        return given.number(prefix + name, given.number(name, default))
+
+    mscale, mscale_all_dim = number("mscale", 1.0), number("mscale_all_dim", 0.0)
+    truncate = getattr(given.args, "yarn_correction_range_round_to_int", None)
     return YarnRopeScaling(
-        factor=given.number(f"{prefix}rotary_scaling_factor", 40.0 if latent else 1.0),
+        factor=number("rotary_scaling_factor", 40.0 if latent else 1.0),
         original_max_position_embeddings=given.whole(f"{prefix}original_max_position_embeddings", 4096),
-        beta_fast=given.number(f"{prefix}beta_fast", 32.0),
-        beta_slow=given.number(f"{prefix}beta_slow", 1.0),
-        mscale=given.number(f"{prefix}mscale", 1.0),
-        mscale_all_dim=given.number(f"{prefix}mscale_all_dim", 0.0),
-        truncate=latent or given.flag("yarn_correction_range_round_to_int"),
+        beta_fast=number("beta_fast", 32.0),
+        beta_slow=number("beta_slow", 1.0),
+        # Megatron's defaults compute what a config without them means.
+        mscale=None if (mscale, mscale_all_dim) == (1.0, 0.0) else mscale,
+        mscale_all_dim=None if (mscale, mscale_all_dim) == (1.0, 0.0) else mscale_all_dim,
+        truncate=latent or truncate is None or given.flag("yarn_correction_range_round_to_int"),
     )
 
 
@@ -165,11 +202,11 @@ class _Arguments:
     """Arguments by name and kind. Each method raises BadInputError that names the argument and its value."""
 
     def __init__(self, args: Namespace, where: str) -> None:
-        self._args, self._where = args, where
+        self.args, self._where = args, where
 
     def whole(self, name: str, default: Any = _REQUIRED) -> Any:
         """A whole number from 1; the default where it is missing or None."""
-        value = getattr(self._args, name, None)
+        value = getattr(self.args, name, None)
         if value is None:
             if default is _REQUIRED:
                 raise BadInputError(
@@ -182,7 +219,7 @@ class _Arguments:
 
     def number(self, name: str, default: float) -> float:
         """A number; aux losses are lists in some runs, of which the first is the coefficient."""
-        value: Any = getattr(self._args, name, None)
+        value: Any = getattr(self.args, name, None)
         if isinstance(value, list) and value:
             value = cast(list[Any], value)[0]
         if value is None:
@@ -194,30 +231,37 @@ class _Arguments:
         except OverflowError:
             raise self._wrong(name, "a number") from None
 
+    def positive(self, name: str, default: float) -> float:
+        """A number above 0."""
+        value = self.number(name, default)
+        if not value > 0:
+            raise self._wrong(name, "a number above 0")
+        return value
+
     def word(self, name: str) -> str | None:
         """A word; None where it is missing."""
-        value = getattr(self._args, name, None)
+        value = getattr(self.args, name, None)
         if value is not None and not isinstance(value, str):
             raise self._wrong(name, "a word")
         return value
 
     def flag(self, name: str) -> bool:
         """True or False; False where it is missing or None."""
-        value = getattr(self._args, name, None)
+        value = getattr(self.args, name, None)
         if value not in (True, False, None):
             raise self._wrong(name, "True or False")
         return bool(value)
 
     def frequency(self) -> int | tuple[int, ...]:
         """moe_layer_freq: a whole number, or a list of ones and zeros."""
-        value: Any = getattr(self._args, "moe_layer_freq", None)
+        value: Any = getattr(self.args, "moe_layer_freq", None)
         if isinstance(value, list | tuple):
             return tuple(value)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
         return self.whole("moe_layer_freq", 1)
 
     def window(self) -> int | None:
         """window_size as Megatron has it, (tokens before, tokens after), as tokens with the token itself."""
-        value: Any = getattr(self._args, "window_size", None)
+        value: Any = getattr(self.args, "window_size", None)
         if value is None:
             return None
         if not isinstance(value, list | tuple) or len(value) != 2 or type(value[0]) is not int:  # pyright: ignore
@@ -226,7 +270,7 @@ class _Arguments:
 
     def window_layers(self) -> tuple[int, ...] | None:
         """window_attn_skip_freq: a list with a 1 for each windowed layer, or the distance of those that have none."""
-        value: Any = getattr(self._args, "window_attn_skip_freq", None)
+        value: Any = getattr(self.args, "window_attn_skip_freq", None)
         if value is None:
             return None
         if isinstance(value, list | tuple):
@@ -235,4 +279,4 @@ class _Arguments:
         return tuple(int(number % freq != 0) for number in range(1, self.whole("num_layers") + 1))
 
     def _wrong(self, name: str, expected: str) -> BadInputError:
-        return BadInputError(f"{self._where}: args.{name} is {told(getattr(self._args, name))}: expected {expected}")
+        return BadInputError(f"{self._where}: args.{name} is {told(getattr(self.args, name))}: expected {expected}")

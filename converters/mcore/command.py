@@ -10,6 +10,7 @@ import torch
 from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.mcore.flags import Flag, layout_flags, model_flags
 from ckptbridge.converters.mcore.torch_dist_reader import TRACKER
+from ckptbridge.converters.mcore.torch_dist_writer import VOCAB_MULTIPLE
 from ckptbridge.converters.parallel_layout import ParallelLayout
 
 if TYPE_CHECKING:
@@ -41,13 +42,22 @@ def megatron_command(model: Model, sizes: dict[str, int]) -> list[Flag]:
     layout = _layout(model, model.saved, sizes)
     layout.check(model.config)
     copied = model.saved.args is not None
+    padded: Any = getattr(model.saved.args, "padded_vocab_size", None)
     return [
         *_checkpoint(model, model.saved),
         *([("--use-checkpoint-args",)] if copied else []),
         *layout_flags(layout, model.config),
+        *(_repadded(padded, layout.tp) if isinstance(padded, int) else []),
         *([_DTYPES[model.dtype]] if model.dtype in _DTYPES else []),
         *model_flags(model.config, copied=copied),
     ]
+
+
+def _repadded(padded: int, tp: int) -> list[Flag]:
+    """The size that is copied is not padded again: one that TP does not divide is replaced."""
+    return (
+        [("--padded-vocab-size", str(-(-padded // (VOCAB_MULTIPLE * tp)) * VOCAB_MULTIPLE * tp))] if padded % tp else []
+    )
 
 
 def _layout(model: Model, saved: MegatronFolder, sizes: dict[str, int]) -> ParallelLayout:

@@ -34,6 +34,8 @@ _OF_EVERY_RUN = {("--norm-epsilon", "1e-05"), ("--attention-softmax-in-fp32",)}
 def megatron_notes(config: ModelConfig) -> list[str]:
     """What Megatron-LM cannot be told, or silently computes otherwise, for this model; and where its flags are."""
     notes = unsaid_notes(config)
+    if config.num_moe_experts is not None and config.add_mlp_bias:
+        notes.append("megatron-core cuts no experts that have biases: run it with --expert-tensor-parallel-size 1")
     if not set(model_flags(config, copied=True)) <= _OF_EVERY_RUN:
         notes.append(
             "--use-checkpoint-args does not copy all that this model needs: `ckptbridge launch megatron CKPT` prints "

@@ -13,6 +13,7 @@ import pytest
 
 from ckptbridge.converters.convert import ConvertOptions, WrittenFormat, plan_conversion
 from ckptbridge.converters.execute import execute
+from ckptbridge.converters.mcore.command import megatron_command
 from ckptbridge.converters.model import open_model
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from tests.conftest import TinyFolders
@@ -35,7 +36,7 @@ def test_lines_paste_into_a_shell_and_json_says_the_same(tiny_folder: TinyFolder
     folder = converted(tiny_folder("gpt_oss"), tmp_path / "two words", ParallelLayout(tp=2, etp=1))
     done = launch(folder)
     told = json.loads(launch(folder, "--json").stdout)["arguments"]
-    assert shlex.split(done.stdout) == told
+    assert shlex.split(done.stdout.replace("\\\n", "")) == told
     script = f"printf '%s\\n' \\\n{done.stdout}"
     assert subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout.splitlines() == told
     assert all(line.endswith(" \\") for line in done.stdout.splitlines()[:-1])
@@ -85,3 +86,23 @@ def test_megatron_finds_the_tokenizer_beside_the_weights(tiny_folder: TinyFolder
     folder = converted(source, tmp_path / "mcore", ParallelLayout())
     told = json.loads(launch(folder, "--json").stdout)["arguments"]
     assert (Path(told[told.index("--tokenizer-model") + 1]) / "tokenizer.json").is_file()
+
+
+def test_a_vocabulary_that_tp_does_not_divide_is_padded_again(tiny_folder: TinyFolders, tmp_path: Path) -> None:
+    model = open_model(converted(tiny_folder("llama"), tmp_path / "mcore", ParallelLayout()))
+    assert model.saved is not None
+    assert model.saved.args is not None
+    assert "--padded-vocab-size" not in dict(flag for flag in megatron_command(model, {"tp": 4}) if len(flag) == 2)
+    model.saved.args.padded_vocab_size = 250
+    assert ("--padded-vocab-size", "512") in megatron_command(model, {"tp": 4})
+
+
+def test_weights_that_were_trained_are_loaded_without_an_optimizer(tiny_folder: TinyFolders, tmp_path: Path) -> None:
+    folder = converted(tiny_folder("llama"), tmp_path / "mcore", ParallelLayout())
+    told = megatron_command(open_model(folder), {})
+    assert ("--no-load-optim",) not in told
+    (folder / "release").rename(folder / "iter_0000007")
+    (folder / "latest_checkpointed_iteration.txt").write_text("7")
+    trained = megatron_command(open_model(folder), {})
+    assert set(trained) - set(told) >= {("--no-load-optim",)}
+    assert trained[0] == ("--load", str(folder))

@@ -22,7 +22,10 @@ PUBLISHED: dict[str, Any] = {
     "weight_block_size": [128, 128],
 }
 """The quantization_config of DeepSeek-V3."""
-_KEPT = ("embed_tokens", "lm_head", "norm", "mlp.gate.weight", "block_sparse_moe.gate", "shared_expert_gate")
+_KEPT = (
+    *("embed_tokens", "lm_head", "norm", "mlp.gate.weight", "block_sparse_moe.gate", "shared_expert_gate"),
+    *("shared_head.head", "eh_proj"),
+)
 
 
 def held(folder: Path) -> dict[str, Tensor]:
@@ -119,7 +122,8 @@ WIDE: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3",
         {
             **{"num_key_value_heads": 6, "q_lora_rank": 144, "kv_lora_rank": 136, "v_head_dim": 24},
-            **{"qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
+            **{"qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "first_k_dense_replace": 1},
+            **{"n_group": 2, "topk_group": 1},
             **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 160},
         },
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.converters.published_gpt_oss import GPT_OSS, GPT_OSS_PARAMETERS
+from tests.converters.published_latent import LATENT, LATENT_PARAMETERS
 from tests.converters.published_others import OTHER_PARAMETERS, OTHERS
 
 Json = dict[str, Any]
@@ -188,95 +189,8 @@ _NEMOTRON: Json = {
     "vocab_size": 256000,
 }
 
-_DEEPSEEK_V3: Json = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "auto_map": {
-        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
-        "AutoModel": "modeling_deepseek.DeepseekV3Model",
-        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
-    },
-    "hidden_act": "silu",
-    "hidden_size": 7168,
-    "initializer_range": 0.02,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "rms_norm_eps": 1e-06,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "v_head_dim": 128,
-}
-"""Without quantization_config, which is taken away before the fields are read: the weights are fp8."""
-
-
-def _deepseek_rope(factor: float, beta_fast: float, mscale: float = 1.0) -> Json:
-    return {
-        "beta_fast": beta_fast,
-        "beta_slow": 1,
-        "factor": factor,
-        "mscale": mscale,
-        "mscale_all_dim": mscale,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    }
-
-
 PUBLISHED: dict[str, Json] = {
-    "DeepSeek-V3": _DEEPSEEK_V3
-    | {
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "ep_size": 1,
-        "first_k_dense_replace": 3,
-        "max_position_embeddings": 163840,
-        "model_type": "deepseek_v3",
-        "n_group": 8,
-        "n_routed_experts": 256,
-        "num_attention_heads": 128,
-        "num_key_value_heads": 128,
-        "num_nextn_predict_layers": 1,
-        "rope_scaling": _deepseek_rope(40, 32),
-        "rope_theta": 10000,
-        "routed_scaling_factor": 2.5,
-        "topk_group": 4,
-        "transformers_version": "4.33.1",
-        "vocab_size": 129280,
-    },
-    "Kimi-K2-Instruct": _DEEPSEEK_V3
-    | {
-        "aux_loss_alpha": 0.001,
-        "bos_token_id": 163584,
-        "eos_token_id": 163585,
-        "first_k_dense_replace": 1,
-        "max_position_embeddings": 131072,
-        "model_type": "kimi_k2",
-        "n_group": 1,
-        "n_routed_experts": 384,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 64,
-        "num_nextn_predict_layers": 0,
-        "pretraining_tp": 1,
-        "rope_scaling": _deepseek_rope(32.0, 1.0),
-        "rope_theta": 50000.0,
-        "routed_scaling_factor": 2.827,
-        "seq_aux": True,
-        "topk_group": 1,
-        "transformers_version": "4.48.3",
-        "vocab_size": 163840,
-    },
+    **LATENT,
     **OTHERS,
     **GPT_OSS,
     "gemma-2b": _GEMMA
@@ -502,9 +416,7 @@ PUBLISHED: dict[str, Json] = {
 """By the name of the model on the Hub, without its owner."""
 
 PARAMETERS: dict[str, tuple[float, float]] = {
-    # With the 11.5 billion of the layer that predicts a further token, of which a token meets one billion.
-    "DeepSeek-V3": (682.5e9, 38.5e9),
-    "Kimi-K2-Instruct": (1026e9, 32.6e9),
+    **LATENT_PARAMETERS,
     **OTHER_PARAMETERS,
     **GPT_OSS_PARAMETERS,
     "gemma-2b": (2.506e9, 2.506e9),

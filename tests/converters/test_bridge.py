@@ -179,7 +179,7 @@ def test_another_computation_is_refused_by_name(without_args: Path, field: str, 
     [
         ("normalization", "normalization"),
         ("position_embedding_type", "position_embedding_type"),
-        ("add_bias_linear", "add_proj_bias"),
+        ("add_bias_linear", "linear_proj.bias"),
     ],
 )
 def test_what_is_absent_is_what_bridge_takes_for_it(without_args: Path, field: str, told: str) -> None:
@@ -187,7 +187,7 @@ def test_what_is_absent_is_what_bridge_takes_for_it(without_args: Path, field: s
     run = yaml.safe_load(file.read_text())
     del run["model"][field]
     file.write_text(yaml.safe_dump(run))
-    with pytest.raises(NotSupportedError, match=told):
+    with pytest.raises(BadInputError, match=told):
         open_model(without_args)
 
 

@@ -44,6 +44,7 @@ LAYOUTS = {
     "llama": ParallelLayout(tp=2, pp=2),
     "qwen2_moe": ParallelLayout(tp=2, pp=1, ep=2, etp=1),
     "mixtral": ParallelLayout(tp=2, ep=2, etp=2),
+    "deepseek_v3": ParallelLayout(tp=2, pp=2, ep=2),
 }
 
 
@@ -273,7 +274,7 @@ REFUSED: dict[str, tuple[Change, type[Exception], tuple[str, ...]]] = {
             NotSupportedError,
             ("config.json", f"quant_method is '{method}'", "expected 'fp8'", "bf16 files"),
         )
-        for method in ("gptq", "awq", "mxfp4", "bitsandbytes", "compressed-tensors")
+        for method in ("gptq", "awq", "nvfp4", "bitsandbytes", "compressed-tensors")
     },
 }
 

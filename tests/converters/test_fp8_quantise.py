@@ -132,3 +132,17 @@ def test_the_command(wide: Wide, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert {t.dtype for t in held(tmp_path / "out").values()} == {torch.bfloat16, torch.float32, torch.float8_e4m3fn}
+
+
+def test_of_deepseek_v3_the_same_matrices_are_quantised_as_in_its_files(
+    tiny_folder: TinyFolders, tmp_path: Path
+) -> None:
+    mcore = to_mcore(tiny_folder("deepseek_v3"), tmp_path / "mcore")
+    execute(plan_conversion(open_model(mcore), tmp_path / "fp8", "hf", QUANTIZED))
+    made = held(tmp_path / "fp8")
+    kinds = {name.removesuffix(".weight_scale_inv").split(".")[-1] for name in made if name.endswith("_scale_inv")}
+    attention = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+    assert kinds == attention | {"gate_proj", "up_proj", "down_proj"}
+    assert {t.dtype for name, t in made.items() if name.endswith(("gate.weight", "eh_proj.weight", "norm.weight"))} == {
+        torch.float32
+    }

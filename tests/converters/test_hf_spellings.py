@@ -17,7 +17,7 @@ from ckptbridge.converters.model import open_model
 from tests.conftest import TinyFolders
 from tests.tiny import TINY, build_tiny
 
-MIXTURES = [name for name, model in TINY.items() if model.is_moe]
+MIXTURES = [*(name for name, model in TINY.items() if model.is_moe), "minimax_m2", "phimoe"]
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -152,7 +152,7 @@ def test_a_changed_replica_is_refused_before_output(tiny_folder: TinyFolders, tm
 
 def test_large_replicas_are_compared_at_three_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wide = TinyModel(hf_class="Llama", config={"vocab_size": 8192, "tie_word_embeddings": True})
-    monkeypatch.setitem(tiny.TINY, "wide", wide)
+    monkeypatch.setitem(tiny.EVERY, "wide", wide)
     source = save_tiny("wide", tmp_path / "source")
     assert WHOLE_NBYTES < 8192 * 64 * 4
     made = write(source, tmp_path / "torch", pp=2)

@@ -28,17 +28,24 @@ PLAIN = ModelConfig(
     vocab_size=250,
 )
 MIXTURE = replace(PLAIN, num_moe_experts=8, moe_ffn_hidden_size=40)
+GROUPED = replace(MIXTURE, moe_router_topk=4, moe_router_num_groups=4, moe_router_group_topk=2)
 LATENT = replace(
     PLAIN,
     multi_latent_attention=True,
     num_query_groups=8,
     kv_channels=20,
+    q_lora_rank=28,
     kv_lora_rank=24,
     qk_head_dim=12,
     qk_pos_emb_head_dim=8,
     v_head_dim=20,
 )
+LONG = LongRopeScaling(short_factor=(1.0,) * 4, long_factor=(2.0,) * 4, original_max_position_embeddings=16)
 YARN = YarnRopeScaling(factor=40.0, original_max_position_embeddings=4096)
+
+
+def _id(value: object) -> str:
+    return "-".join(value) if isinstance(value, dict) else type(value).__name__
 
 
 def test_every_field_has_a_flag_or_a_reason_for_none() -> None:
@@ -53,8 +60,9 @@ def test_what_is_said_of_every_model_is_copied_but_for_few() -> None:
     assert told - COPIED == {"--norm-epsilon", "--attention-softmax-in-fp32"}
 
 
-def test_nothing_is_said_of_a_plain_model() -> None:
+def test_nothing_is_said_of_what_megatron_is_told() -> None:
     assert megatron_notes(PLAIN) == []
+    assert unsaid(GROUPED) == unsaid(MIXTURE) == unsaid(LATENT) == {}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +76,7 @@ def test_nothing_is_said_of_a_plain_model() -> None:
         {"softmax_scale": 0.2},
         {"embedding_multiplier": 8.0},
     ],
-    ids=lambda changes: "-".join(changes),
+    ids=_id,
 )
 def test_flags_that_are_not_copied_are_pointed_to(changes: dict[str, Any]) -> None:
     (note,) = megatron_notes(replace(PLAIN, **changes))
@@ -86,10 +94,12 @@ def test_flags_that_are_not_copied_are_pointed_to(changes: dict[str, Any]) -> No
         (MIXTURE, {"add_router_bias": True}, ("add_mlp_bias = False", "router")),
         (PLAIN, {"add_proj_bias": True, "add_mlp_bias": True}, ("add_qkv_bias = False",)),
         (MIXTURE, {"moe_router_topk": 1}, ("moe_router_topk = 1", "refuses")),
-        (MIXTURE, {"moe_router_num_groups": 4, "moe_router_group_max": True}, ("moe_router_group_max", "best ones")),
+        (GROUPED, {"moe_router_group_max": True}, ("moe_router_group_max = True", "not as its best one")),
+        (GROUPED, {"moe_router_topk": 6}, ("moe_router_group_topk = 2", "best 3 experts")),
+        (LATENT, {"q_lora_rank": None}, ("q_lora_rank = None", "once more")),
         (MIXTURE, {"moe_router_sparse_mixer": True}, ("moe_router_sparse_mixer",)),
     ],
-    ids=str,
+    ids=_id,
 )
 def test_what_megatron_cannot_be_told_is_named(
     model: ModelConfig, changes: dict[str, Any], words: tuple[str, ...]
@@ -106,7 +116,7 @@ ROPES: list[tuple[ModelConfig, RopeScaling, str]] = [
     (PLAIN, Llama3RopeScaling(factor=8.0, original_max_position_embeddings=16), "whatever"),
     (PLAIN, LinearRopeScaling(factor=4.0), ""),
     (PLAIN, LinearRopeScaling(factor=2.5), "whole number"),
-    (PLAIN, LongRopeScaling(short_factor=(1.0,), long_factor=(2.0,), original_max_position_embeddings=16), "not known"),
+    (PLAIN, LONG, "not known"),
     (PLAIN, replace(YARN, beta_fast=1.0, truncate=False), ""),
     (PLAIN, replace(YARN, attention_factor=1.0), "attention_factor"),
     (LATENT, YARN, ""),
@@ -117,7 +127,7 @@ ROPES: list[tuple[ModelConfig, RopeScaling, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("model", "scaling", "why"), ROPES, ids=str)
+@pytest.mark.parametrize(("model", "scaling", "why"), ROPES, ids=_id)
 def test_rope_scaling_that_megatron_computes_otherwise_is_named(
     model: ModelConfig, scaling: RopeScaling, why: str
 ) -> None:

@@ -308,7 +308,7 @@ def test_targets_that_cannot_say_what_the_source_computes_are_refused(tiny_folde
         ("qwen2", "mixtral", "add_qkv_bias"),
         ("qwen3", "mixtral", "qk_layernorm"),
         ("qwen3", "qwen2_moe", "qk_layernorm"),
-        ("mistral", "qwen2_moe", "window_size"),
+        ("llama_biased", "qwen2_moe", "add_proj_bias"),
     ):
         with pytest.raises(NotSupportedError, match=word):
             upcycled(open_model(tiny_folder(source)), spec(to=to))

@@ -15,6 +15,7 @@ from typing import Any
 from ckptbridge.converters.mcore.command import megatron_command
 from ckptbridge.converters.mcore.flags import Flag, layout_flags, model_flags
 from ckptbridge.converters.model import Model
+from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.trainer.megatron.config import transformer_config
 from tests.fetch_megatron import FOLDER as MEGATRON
@@ -60,23 +61,25 @@ def command_for(model: Model, layout: ParallelLayout) -> Command:
         if (size := getattr(layout, name)) is not None
     }
     dtype = str(model.dtype).removeprefix("torch.")
-    told = _told(model, layout)
+    told = _told(model.config, layout)
     if model.saved is not None:
         told["gpt"]["vocab_size"] = vars(model.saved.args)["padded_vocab_size"]  # which is not padded again
     return Command(flags=tuple(megatron_command(model, sizes)), told=told, layout=layout, dtype=dtype)
 
 
-def command_without_arguments(model: Model, layout: ParallelLayout) -> Command:
-    """Every flag, as for a checkpoint whose arguments cannot be copied."""
-    told = _told(model, layout)
-    told["gpt"]["vocab_size"] = model.config.vocab_size  # Megatron-LM pads it when it builds the model
-    flags = (*model_flags(model.config, copied=False), *layout_flags(layout, model.config))
+def command_without_arguments(config: ModelConfig, layout: ParallelLayout) -> Command:
+    """Every flag, as for a checkpoint whose arguments cannot be copied.
+
+    Raises NotSupportedError for a model that megatron-core does not compute, whatever it is told.
+    """
+    told = _told(config, layout)
+    told["gpt"]["vocab_size"] = config.vocab_size  # Megatron-LM pads it when it builds the model
+    flags = (*model_flags(config, copied=False), *layout_flags(layout, config))
     return Command(flags=flags, told=told, layout=layout)
 
 
-def _told(model: Model, layout: ParallelLayout) -> dict[str, Any]:
+def _told(config: ModelConfig, layout: ParallelLayout) -> dict[str, Any]:
     """What the tests' ranks are told, and beside it what only training and other layouts ask for."""
-    config = model.config
     told = transformer_config(config, tp=layout.tp)
     told["transformer"] |= {
         "init_method_std": config.init_method_std,
@@ -84,6 +87,8 @@ def _told(model: Model, layout: ParallelLayout) -> dict[str, Any]:
         "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
         "num_layers_in_last_pipeline_stage": layout.last_stage_layers,
     }
+    if config.multi_latent_attention:
+        told["gpt"].pop("rotary_base")  # TransformerConfig has its own, and GPTModel then turns nothing by itself
     if config.multi_latent_attention and config.rope_scaling is None:
         told["transformer"]["rotary_scaling_factor"] = 1.0  # read by nobody then
     if config.num_moe_experts is not None:
@@ -102,6 +107,8 @@ class Read:
 
     differences: dict[str, str] = field(default_factory=dict[str, str])
     error: str = ""
+    args: dict[str, Any] = field(default_factory=dict[str, Any], compare=False, repr=False)
+    """What a checkpoint of that run would hold."""
 
 
 def read_by_megatron(commands: Sequence[Command], megatron: Path = MEGATRON) -> list[Read]:
@@ -121,7 +128,8 @@ def read_by_megatron(commands: Sequence[Command], megatron: Path = MEGATRON) -> 
     return [_read(json.loads(line)) for line in finished.stdout.splitlines()]
 
 
-def _read(found: dict[str, str]) -> Read:
+def _read(found: dict[str, Any]) -> Read:
     if "error" in found:
         return Read(error=found["error"])
-    return Read(differences={name: how for name, how in found.items() if name not in HOW_IT_RUNS})
+    differences = {name: how for name, how in found["differences"].items() if name not in HOW_IT_RUNS}
+    return Read(differences=differences, args=found["args"])

@@ -34,14 +34,14 @@ def main(job_file: Path) -> None:
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for case in json.loads(job_file.read_text()):
-        results.write(json.dumps(differences(case)) + "\n")
+        results.write(json.dumps(outcome(case), default=str) + "\n")
         results.flush()
 
 
-def differences(case: dict[str, Any]) -> dict[str, str]:
-    """For each field of TransformerConfig and GPTModel that differs, how; under "error" what Megatron-LM refused."""
+def outcome(case: dict[str, Any]) -> dict[str, Any]:
+    """What Megatron-LM refused as "error"; else "differences" by field, and the "args" that a checkpoint would get."""
     try:
-        transformer, gpt = megatron_reads(case)
+        args, transformer, gpt = megatron_reads(case)
         expected = import_module("ckptbridge.trainer.megatron.model").transformer_of(
             case["config"]["transformer"], **case["degrees"], dtype=getattr(torch, case["dtype"])
         )
@@ -49,10 +49,19 @@ def differences(case: dict[str, Any]) -> dict[str, str]:
         return {"error": f"the parser refused: {error}"}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
+    plain = (bool, int, float, str, list, tuple)
+    return {
+        "differences": differences(case["config"]["gpt"], transformer, expected, gpt),
+        "args": {name: value for name, value in vars(args).items() if isinstance(value, plain)},
+    }
+
+
+def differences(told: dict[str, Any], transformer: Any, expected: Any, gpt: Any) -> dict[str, str]:
+    """How the fields of TransformerConfig, and of GPTModelConfig what GPTModel is told, differ from the expected."""
     # Not the dataclass's fields alone: what YaRN is told are attributes that Megatron-LM adds.
     found = {name: _plain(value) for name, value in vars(transformer).items()}
     wanted = {name: _plain(value) for name, value in vars(expected).items()}
-    for name, value in case["config"]["gpt"].items():
+    for name, value in told.items():
         wanted[f"gpt.{name}"] = value
         found[f"gpt.{name}"] = getattr(gpt, {"max_sequence_length": "seq_length"}.get(name, name))
     return {
@@ -62,8 +71,8 @@ def differences(case: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def megatron_reads(case: dict[str, Any]) -> tuple[Any, Any]:
-    """The TransformerConfig and GPTModelConfig of a command line."""
+def megatron_reads(case: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """The arguments, the TransformerConfig and the GPTModelConfig of a command line."""
     arguments = import_module("megatron.training.arguments")
     checkpointing = import_module("megatron.training.checkpointing")
     argument_utils = import_module("megatron.training.argument_utils")
@@ -74,7 +83,7 @@ def megatron_reads(case: dict[str, Any]) -> tuple[Any, Any]:
     if args.use_checkpoint_args:
         checkpointing.load_args_from_checkpoint(args)
     arguments.validate_args(args)
-    return argument_utils.core_transformer_config_from_args(args), argument_utils.gpt_config_from_args(args)
+    return args, argument_utils.core_transformer_config_from_args(args), argument_utils.gpt_config_from_args(args)
 
 
 def _alike(wanted: Any, found: Any) -> bool:

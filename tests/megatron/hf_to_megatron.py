@@ -36,6 +36,7 @@ def megatron_kwargs(hf: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "max_sequence_length": hf["max_position_embeddings"],
         "position_embedding_type": "rope",
         "rotary_base": rope["rope_theta"],
+        "rotary_percent": 1.0,
         "share_embeddings_and_output_weights": hf["tie_word_embeddings"],
     }
     if rope["rope_type"] == "llama3":

@@ -154,7 +154,7 @@ def legacy(tiny_folder: TinyFolders, tmp_path_factory: pytest.TempPathFactory) -
     root = tmp_path_factory.mktemp("legacy")
     long = TinyModel(hf_class="Llama", config={"num_hidden_layers": 6})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny.TINY, LONG, long)
+        patch.setitem(tiny.EVERY, LONG, long)
         save_tiny(LONG, root / LONG)
     folders = {name: root / LONG if name == LONG else tiny_folder(name) for name, _ in (*LOADS, *SAVES)}
     expected = {name: reference_logits(folder, token_ids()) for name, folder in folders.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ckptbridge.converters.model import decoder_tensors, open_model
 from ckptbridge.converters.model_config import ModelConfig
-from ckptbridge.converters.rope_scaling import LongRopeScaling, YarnRopeScaling
+from ckptbridge.converters.rope_scaling import LinearRopeScaling, LongRopeScaling, YarnRopeScaling
 from ckptbridge.trainer.decoder import Decoder
 from ckptbridge.trainer.loading import empty_decoder, load_weights
 from ckptbridge.trainer.rope import attention_factor, inverse_frequencies
@@ -86,6 +86,9 @@ WEIGHT_FAULTS = {
     "olmo2: another order of query norms": ("olmo2", _each("q_layernorm.weight", lambda w, c: w.roll(c.kv_channels))),
     "olmo2: another order of key norms": ("olmo2", _each("k_layernorm.weight", lambda w, c: w.roll(c.kv_channels))),
     "olmo2: no bias behind attention": ("olmo2_biased", _each("linear_proj.bias", _gone)),
+    "llama: no bias of fc1": ("llama_biased", _each("mlp.linear_fc1.bias", _gone)),
+    "llama: gate and up of that bias": ("llama_biased", _each("mlp.linear_fc1.bias", lambda w, c: w.roll(len(w) // 2))),
+    "qwen3: no bias behind attention": ("qwen3_biased", _each("linear_proj.bias", _gone)),
     "olmoe: two experts": ("olmoe", _each("experts.experts.linear_fc2.weight", _first_two_swapped)),
     "olmoe: the router's order": ("olmoe", _each("router.weight", _first_two_swapped)),
     "minimax_m2: two experts": ("minimax_m2", _each("experts.experts.linear_fc1.weight", _first_two_swapped)),
@@ -119,6 +122,10 @@ CONFIG_FAULTS: list[tuple[str, dict[str, object]]] = [
             )
         },
     ),
+    ("llama_biased", {"rope_scaling": LinearRopeScaling(factor=2.0)}),
+    ("qwen2_windowed", {"window_layers": (1, 1, 0, 0)}),
+    ("qwen2_windowed", {"rope_scaling": None}),
+    ("qwen2_moe_windowed", {"window_layers": None}),
     ("olmo2", {"rotary_base": 20000.0}),
     ("olmoe", {"moe_router_pre_softmax": False}),
     ("minimax_m2", {"rotary_percent": 1.0}),

@@ -204,7 +204,10 @@ def _says_something(beyond: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in beyond.items() if value and (key, value) not in _DEFAULTS}
 
 
-_DEFAULTS = (("moe_router_dtype", "fp32"), ("moe_layer_freq", 1))
+_DEFAULTS = (
+    *(("moe_router_dtype", "fp32"), ("moe_layer_freq", 1), ("moe_router_score_function", "softmax")),
+    *(("softmax_type", "vanilla"), ("activation_func", "silu")),
+)
 
 
 def test_a_model_that_megatron_cannot_be_told_is_refused(tiny_folder: TinyFolders) -> None:

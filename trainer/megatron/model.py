@@ -64,7 +64,7 @@ def transformer_of(
 ) -> TransformerConfig:
     """The TransformerConfig of keyword arguments as JSON has them, for ranks without a GPU."""
     kwargs = dict(told)
-    activation = _ACTIVATIONS[kwargs.pop("activation_func")]
+    activation = _ACTIVATIONS[kwargs.pop("activation_func", "silu")]
     if kwargs.get("window_size"):
         kwargs["window_size"] = tuple(kwargs["window_size"])
     attributes = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("yarn_")}

@@ -84,7 +84,7 @@ def every_tensor(model: Model) -> Checkpoint:
         for rank in folder.ranks
         for number, chunk in enumerate(rank.chunks)
         for key in rank.spelled[number]
-    }
+    } | dict(model.beside)
     if not folder.states() or (kind := legacy_optimizer(folder)) is None:
         return weights
     return weights | open_legacy_optimizer(folder, model.family, model.config, kind, check_order=False).sources

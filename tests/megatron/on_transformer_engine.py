@@ -1,6 +1,6 @@
 """Every family loaded by real Transformer Engine modules on one GPU; prints a JSON object a line.
 
-    python -m tests.megatron.transformer_engine [NAME ...]
+    python -m tests.megatron.on_transformer_engine [NAME ...]
 
 It needs a GPU, megatron-core and Transformer Engine. Each tiny model is converted to torch_dist and legacy torch, and
 both are loaded strictly into the GPTModel of megatron-core's Transformer Engine specs (experts as TEGroupedMLP). Logits
@@ -50,7 +50,7 @@ def gpt_of(config: Any) -> GPTModel:
 
 def logits_of(model: GPTModel, vocab_size: int) -> Tensor:
     """Logits [batch, length, vocabulary] of the tests' tokens."""
-    tokens = token_ids().cuda()
+    tokens = token_ids(batch=1).cuda()
     batch, length = tokens.shape
     positions = torch.arange(length, device="cuda").expand(batch, length)
     return model(tokens, positions, None)[..., :vocab_size].float().cpu()
@@ -87,7 +87,7 @@ def checked(name: str, work: Path) -> dict[str, Any]:
     """Both formats of one model, and the fault."""
     hf = save_tiny(name, work / "hf")
     source = open_model(hf)
-    expected = reference_logits(hf, token_ids())
+    expected = reference_logits(hf, token_ids(batch=1))
     told: dict[str, Any] = {"model": name, "largest_logit": expected.abs().max().item()}
     for to, load in (("torch_dist", load_torch_dist), ("torch", load_legacy)):
         execute(plan_conversion(source, work / to, to, ConvertOptions()))  # type: ignore[arg-type]
