@@ -53,13 +53,11 @@ def _without_kernels(config: Any) -> None:
 
 
 def _layers(block_spec: Any, config: Any) -> Any:
-    from ckptbridge.trainer.megatron.model import _TE_NAMES, _TE_NAMES_DENSE
+    from ckptbridge.trainer.megatron.model import use_te_names
 
     _without_kernels(config)
     spec = block_spec(config, use_transformer_engine=False, normalization=config.normalization)
-    for layer in spec.layer_specs:
-        moe = "MoELayer" in repr(layer.submodules.mlp)
-        layer.submodules.sharded_state_dict_keys_map = _TE_NAMES if moe else _TE_NAMES_DENSE
+    use_te_names(spec.layer_specs)
     return spec
 
 

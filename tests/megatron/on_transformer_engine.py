@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnBackend
@@ -42,7 +42,10 @@ def gpt_of(config: Any) -> GPTModel:
     transformer.use_cpu_initialization = False
     transformer.attention_backend = AttnBackend.unfused  # the only one that has fp32
     spec = get_gpt_decoder_block_spec(transformer, use_transformer_engine=True, normalization=transformer.normalization)
-    model = GPTModel(transformer, spec, parallel_output=False, **told["gpt"]).cuda().eval()
+    further = None
+    if transformer.mtp_num_layers:
+        further = get_gpt_mtp_block_spec(transformer, spec, use_transformer_engine=True)
+    model = GPTModel(transformer, spec, parallel_output=False, mtp_block_spec=further, **told["gpt"]).cuda().eval()
     for parameter in model.parameters():
         parameter.fill_(float("nan"))
     return model

@@ -53,9 +53,7 @@ class Chunks:
         spec = get_gpt_decoder_block_spec(
             self.config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=number
         )
-        for layer in spec.layer_specs:
-            moe = "MoELayer" in repr(layer.submodules.mlp)
-            layer.submodules.sharded_state_dict_keys_map = models._TE_NAMES if moe else models._TE_NAMES_DENSE
+        models.use_te_names(spec.layer_specs)
         model = GPTModel(
             self.config,
             spec,

@@ -89,6 +89,14 @@ def transformer_of(
     return transformer
 
 
+def use_te_names(layer_specs: list[Any], *, is_latent: bool = False) -> None:
+    """Let these layers save and load under the keys that Transformer Engine's modules have."""
+    attention_names = _TE_NAMES_LATENT if is_latent else _TE_NAMES
+    for layer in layer_specs:
+        is_moe = "MoELayer" in repr(layer.submodules.mlp)
+        layer.submodules.sharded_state_dict_keys_map = attention_names | ({} if is_moe else _TE_NAMES_DENSE)
+
+
 def build(
     config: dict[str, dict[str, Any]],
     *,
@@ -107,10 +115,8 @@ def build(
     transformer = transformer_of(config["transformer"], tp=tp, pp=pp, ep=ep, etp=etp, dtype=dtype)
     norm = transformer.normalization
     spec = get_gpt_decoder_block_spec(transformer, use_transformer_engine=False, normalization=norm)
-    attention_names = _TE_NAMES_LATENT if transformer.multi_latent_attention else _TE_NAMES
-    for layer in [] if local_names else spec.layer_specs:
-        moe = "MoELayer" in repr(layer.submodules.mlp)
-        layer.submodules.sharded_state_dict_keys_map = attention_names | ({} if moe else _TE_NAMES_DENSE)
+    if not local_names:
+        use_te_names(spec.layer_specs, is_latent=transformer.multi_latent_attention)
     for layer in spec.layer_specs if transformer.multi_latent_attention else []:
         layer.submodules.self_attention.submodules.core_attention = LatentCoreAttention
     model = GPTModel(
