@@ -37,10 +37,12 @@ from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.converters.registry import FAMILIES, family_of
 from ckptbridge.trainer.loading import empty_decoder, load_weights
 from ckptbridge.trainer.megatron.launch import Run, compute
+from ckptbridge.trainer.megatron.layouts import layout_name
 from tests.converters.published import PUBLISHED
 from tests.converters.test_every_family import tensors_of
 from tests.converters.test_families import config_object, saved_names, table
 from tests.megatron.launch import MEGATRON, check_fetched
+from tests.megatron.test_megatron_families import layouts_of
 from tests.tiny import EVERY, reference_logits, save_tiny, token_ids
 
 ROOT = Path(__file__).parents[1]
@@ -122,9 +124,8 @@ def megatron(name: str, folder: Path, work: Path, row: Row) -> float | str:
     """The largest difference of the real megatron-core's logits over all layouts, every key read."""
     if EVERY[name].not_in_megatron:
         return EVERY[name].not_in_megatron
-    mixture = [ParallelLayout(ep=2)] if EVERY[name].is_moe else []
-    layouts = [ParallelLayout(), ParallelLayout(tp=2), ParallelLayout(pp=2), *mixture]
-    row.layouts = ("one rank", "TP 2", "PP 2", *(["EP 2"] if mixture else []))
+    layouts = layouts_of(name)
+    row.layouts = tuple(layout_name(layout) for layout in layouts)
     ids = token_ids(batch=1)[0]
     expected = reference_logits(folder, ids[None])[0]
     model, worst = open_model(work / "there1"), 0.0

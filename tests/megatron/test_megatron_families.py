@@ -14,7 +14,7 @@ from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.trainer.megatron.launch import Run, compute
 from tests.conftest import TinyFolders
 from tests.megatron.launch import MEGATRON, check_fetched
-from tests.tiny import reference_logits, token_ids
+from tests.tiny import EVERY, reference_logits, token_ids
 from tests.tiny_families import FURTHER
 
 COMPUTED = [name for name, model in FURTHER.items() if not model.not_in_megatron]
@@ -23,9 +23,9 @@ LOGITS_TOLERANCE = 1e-5
 
 def layouts_of(name: str) -> list[ParallelLayout]:
     """One rank, and each way to cut."""
-    mixture = [ParallelLayout(ep=2)] if FURTHER[name].is_moe else []
+    mixture = [ParallelLayout(ep=2)] if EVERY[name].is_moe else []
     # megatron-core cuts no experts that have biases.
-    etp = 1 if FURTHER[name].hf_class == "GptOss" else None
+    etp = 1 if EVERY[name].hf_class == "GptOss" else None
     return [ParallelLayout(), ParallelLayout(tp=2, etp=etp), ParallelLayout(pp=2), *mixture]
 
 
