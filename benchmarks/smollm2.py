@@ -26,7 +26,8 @@ from ckptbridge.converters.convert import ConvertOptions, plan_conversion
 from ckptbridge.converters.execute import execute
 from ckptbridge.converters.model import open_model
 from ckptbridge.converters.parallel_layout import ParallelLayout
-from ckptbridge.converters.upcycle import UpcycleSpec, upcycled
+from ckptbridge.converters.upcycling.construction import upcycled
+from ckptbridge.converters.upcycling.spec import UpcycleSpec
 from ckptbridge.demo.model import dense_model
 from ckptbridge.trainer.verify import VerifyReport, verify
 

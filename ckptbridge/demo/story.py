@@ -16,7 +16,8 @@ from ckptbridge.converters.execute import execute
 from ckptbridge.converters.hf_folder import find_assets
 from ckptbridge.converters.model import Model, count_parameters, open_model
 from ckptbridge.converters.receipt import Receipt
-from ckptbridge.converters.upcycle import UpcycleSpec, upcycled
+from ckptbridge.converters.upcycling.construction import upcycled
+from ckptbridge.converters.upcycling.spec import UpcycleSpec
 from ckptbridge.demo.in_transformers import transformers_loss
 from ckptbridge.demo.model import dense_model
 from ckptbridge.demo.picture import draw

@@ -81,7 +81,8 @@ def upcycle(
 ) -> None:
     """Turn a dense checkpoint into a mixture of experts without a jump in the loss."""
     from ckptbridge.converters.convert import plan_conversion
-    from ckptbridge.converters.upcycle import UpcycleSpec, upcycled
+    from ckptbridge.converters.upcycling.construction import upcycled
+    from ckptbridge.converters.upcycling.spec import UpcycleSpec
     from ckptbridge.verbs.convert import carry_out, opened
 
     start = time.perf_counter()

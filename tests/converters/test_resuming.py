@@ -16,7 +16,8 @@ from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.execute import execute, journal_file, partial_folder
 from ckptbridge.converters.model import open_model
 from ckptbridge.converters.parallel_layout import ParallelLayout
-from ckptbridge.converters.upcycle import UpcycleSpec, upcycled
+from ckptbridge.converters.upcycling.construction import upcycled
+from ckptbridge.converters.upcycling.spec import UpcycleSpec
 from tests.conftest import TinyFolders
 from tests.converters.crashing import digests
 from tests.converters.hostile import edit_json

@@ -34,7 +34,8 @@ from ckptbridge.converters.tensors import (
     rows,
     scaled,
 )
-from ckptbridge.converters.upcycle import UpcycleSpec, upcycled
+from ckptbridge.converters.upcycling.construction import upcycled
+from ckptbridge.converters.upcycling.spec import UpcycleSpec
 from tests.conftest import TinyFolders
 from tests.converters.crashing import digests
 from tests.converters.running import ROOT, planned
@@ -112,7 +113,8 @@ import ckptbridge.converters.execute as execution
 from ckptbridge.converters.convert import ConvertOptions, plan_conversion
 from ckptbridge.converters.model import open_model
 from ckptbridge.converters.parallel_layout import ParallelLayout
-from ckptbridge.converters.upcycle import UpcycleSpec, upcycled
+from ckptbridge.converters.upcycling.construction import upcycled
+from ckptbridge.converters.upcycling.spec import UpcycleSpec
 
 def nbytes_read():
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
