@@ -131,8 +131,17 @@ def reference_logits(source: PreTrainedModel | Path, tokens: Tensor) -> Tensor:
         from transformers import AutoModelForCausalLM
 
         source = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
+    _clamp_as_told(source)
     with torch.no_grad():
         return source(tokens, use_cache=False).logits
+
+
+def _clamp_as_told(model: PreTrainedModel) -> None:
+    """Before 5.23 transformers' experts of GPT-OSS clamp at 7.0, whatever `swiglu_limit` their config.json tells."""
+    limit = getattr(model.config, "swiglu_limit", None)
+    for module in model.modules():
+        if limit is not None and hasattr(module, "gate_up_proj_bias"):
+            module.limit = limit
 
 
 # Sharp attention and decided routers; any sharper (2.0), and another order of summation costs 5e-6 of a logit.

@@ -147,7 +147,9 @@ FURTHER: dict[str, TinyModel] = {
             "num_experts_per_tok": 3,
             "num_local_experts": 8,
             "rms_norm_eps": 1e-6,
+            # The same part of a head twice: transformers 5.17 does not read the first, published files have no other.
             "rotary_dim": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
         },
         not_in_megatron="it norms queries and keys over all heads",
     ),

@@ -8,9 +8,12 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckptbridge.converters.errors import BadInputError, StorageError
-from ckptbridge.trainer.recipe import DataSection
+
+if TYPE_CHECKING:
+    from ckptbridge.trainer.recipe import DataSection
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ GPT_OSS = Family(
         Pair("intermediate_size", "ffn_hidden_size"),
         Pair("rms_norm_eps", "layernorm_epsilon", default=1e-5),
         Pair("swiglu_limit", "activation_func_clamp_value", default=7.0),
-        Must("swiglu_alpha", 1.702),
+        Must("swiglu_alpha", 1.702, write=False),  # published files have none, nor has the class of transformers 5.17
         Must("attention_bias", True),
         LayerWindows(missing=_is_even, size=128),
         Rope(default_theta=150000.0),

@@ -144,12 +144,19 @@ def _hugging_face(folder: Path, wanted: set[str]) -> dict[str, Tensor]:
 _HARMLESS = ("torch", "torch.distributed.checkpoint", "collections", "argparse", "builtins set", "_codecs")
 
 
+_MEMO = 1 << 20
+"""Python fills all places of the memo up to the one that is named: 10**10 of them end the process where the system
+promises memory that it does not have, and raise MemoryError elsewhere."""
+
+
 def _distributed(folder: Path, vocab_size: int) -> dict[str, Tensor]:
     """The global tensors of a torch_dist or fsdp_dtensor folder, the vocabulary without padding."""
     raw = (folder / ".metadata").read_bytes()
     for opcode, argument, _ in pickletools.genops(raw):
         if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not str(argument or "torch").startswith(_HARMLESS):
             raise ValueError(f".metadata asks for {argument}")
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > _MEMO:
+            raise ValueError(f".metadata asks for a memo of {argument} places")
     metadata = pickle.loads(raw)  # every global in it is one of the harmless
     made: dict[str, Tensor] = {}
     for key, entry in metadata.state_dict_metadata.items():
