@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from ckptbridge.converters.errors import BadInputError, told
+from ckptbridge.converters.field_kinds import check_kinds
 from ckptbridge.converters.rope_scaling import LongRopeScaling, RopeScaling
 
-_LARGEST = 1 << 48
 _FROM_ONE = (
     *("max_position_embeddings", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "window_size"),
     *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
@@ -124,8 +123,10 @@ class ModelConfig:
     """Layers behind the last one that predict further tokens (multi-token prediction)."""
 
     def __post_init__(self) -> None:
-        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
-            _check_kind(name, value, str(type(self).__annotations__[name]))
+        check_kinds(self, RopeScaling=RopeScaling.__args__)
+        for name, known in _CHOICES.items():
+            if (word := getattr(self, name)) not in known:
+                raise BadInputError(f"{name} is {told(word)}: known are {', '.join(known)}")
         for name in (
             "num_layers",
             "hidden_size",
@@ -148,19 +149,19 @@ class ModelConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
                 f"{self.num_query_groups}"
             )
-        if isinstance(self.moe_layer_freq, tuple) and len(self.moe_layer_freq) != self.num_layers:
-            raise BadInputError(
-                f"moe_layer_freq names {len(self.moe_layer_freq)} layers, but the model has {self.num_layers}"
-            )
-        if self.window_layers is not None and len(self.window_layers) != self.num_layers:
-            raise BadInputError(
-                f"window_layers names {len(self.window_layers)} layers, but the model has {self.num_layers}"
-            )
+        for name in ("moe_layer_freq", "window_layers"):
+            if not isinstance(getattr(self, name), tuple):
+                continue
+            layers: tuple[int, ...] = getattr(self, name)
+            if len(layers) != self.num_layers:
+                raise BadInputError(f"{name} names {len(layers)} layers, but the model has {self.num_layers}")
+            if not set(layers) <= {0, 1}:
+                raise BadInputError(f"{name} is {told(layers)}: expected a 1 or a 0 for each layer")
         if isinstance(self.rope_scaling, LongRopeScaling):
-            for factors in (self.rope_scaling.short_factor, self.rope_scaling.long_factor):
-                if len(factors) != self.rotary_dim // 2:
+            for name in ("short_factor", "long_factor"):
+                if (count := len(getattr(self.rope_scaling, name))) != self.rotary_dim // 2:
                     raise BadInputError(
-                        f"rope_scaling has {len(factors)} factors, but {self.rotary_dim} channels of a head turn"
+                        f"rope_scaling.{name} has {count} factors, but {self.rotary_dim} channels of a head turn"
                     )
         if self.multi_latent_attention:
             _check_latent(self)
@@ -218,27 +219,3 @@ def _check_latent(config: ModelConfig) -> None:
             f"kv_channels is {config.kv_channels}, but qk_head_dim {config.qk_head_dim} and qk_pos_emb_head_dim "
             f"{config.qk_pos_emb_head_dim} are a head"
         )
-
-
-def _check_kind(name: str, value: Any, annotation: str) -> None:
-    """Raises BadInputError for a value that is not of its field's kind: files hold words where numbers belong."""
-    if value is None and "None" in annotation:
-        return
-    kinds: tuple[type, ...] = (bool,)
-    if annotation.startswith("int"):
-        kinds = (int, tuple) if "tuple" in annotation else (int,)
-    elif annotation.startswith("float"):
-        kinds = (int, float)
-    elif annotation.startswith("tuple"):
-        kinds = (tuple,)
-    elif annotation.startswith("str"):
-        kinds = (str,)
-    elif annotation.startswith("RopeScaling"):
-        kinds = RopeScaling.__args__
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise BadInputError(f"{name} is {told(value)}: expected {annotation}")
-    if name in _CHOICES and value not in _CHOICES[name]:
-        raise BadInputError(f"{name} is {told(value)}: known are {', '.join(_CHOICES[name])}")
-    for number in (value,) if isinstance(value, int | float) else ():
-        if not abs(number) < _LARGEST:  # nan is not either
-            raise BadInputError(f"{name} is {told(value)}: no model has such a number")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from ckptbridge.converters.errors import BadInputError, NotSupportedError, told
+from ckptbridge.converters.field_kinds import LARGEST
 from ckptbridge.converters.fields import FieldRow, Json
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.rope_scaling import (
@@ -128,9 +129,10 @@ def _llama3(rope: Json, hf: Json) -> RopeScaling:
     names = ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
     if set(rope) != set(names):
         raise BadInputError(f"config.json: rope_type 'llama3' needs exactly {names}, found {tuple(rope)}")
-    factor, low, high, original = (_number(rope, name) for name in names)
+    original = _whole(rope, names[-1])
+    factor, low, high = (_number(rope, name) for name in names[:-1])
     return Llama3RopeScaling(
-        factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=int(original)
+        factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=original
     )
 
 
@@ -148,7 +150,7 @@ def _yarn(rope: Json, hf: Json) -> RopeScaling:
         mscale=_optional(rope, "mscale"),
         mscale_all_dim=_optional(rope, "mscale_all_dim"),
         attention_factor=_optional(rope, "attention_factor"),
-        truncate=bool(rope.pop("truncate", True)),
+        truncate=rope.pop("truncate", True),
     )
 
 
@@ -177,7 +179,7 @@ _READERS: dict[str, Callable[[Json, Json], RopeScaling]] = {
 
 def _original(rope: Json, hf: Json) -> int:
     """The length of the first training: that of the model where the dict names none."""
-    return int(_number(rope, ORIGINAL, _number(dict(hf), "max_position_embeddings", 4096)))
+    return _whole(rope, ORIGINAL, _number(dict(hf), "max_position_embeddings", 4096))
 
 
 def _stretch(hf: Json, original: int) -> float:
@@ -189,6 +191,14 @@ def _number(rope: Json, name: str, default: float | None = None) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadInputError(f"config.json: {name} of the rotary embedding is {told(value)}: expected a number")
     return value
+
+
+def _whole(rope: Json, name: str, default: float | None = None) -> int:
+    """A whole number from 1; some files have it as 8192.0."""
+    value = _number(rope, name, default)
+    if not 1 <= value < LARGEST or value != int(value):
+        raise BadInputError(f"config.json: {name} of the rotary embedding is {told(value)}: expected a number from 1")
+    return int(value)
 
 
 def _optional(rope: Json, name: str) -> float | None:

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+from ckptbridge.converters.errors import BadInputError, told
+from ckptbridge.converters.field_kinds import check_kinds
+
+_OF_ANY_SIGN = ("mscale", "mscale_all_dim")
+
+
+def _check(scaling: Any) -> None:
+    """Raise BadInputError naming a number that no scaling can have: all but `_OF_ANY_SIGN` divide or are multiplied."""
+    check_kinds(scaling, "rope_scaling.")
+    for field in fields(scaling):
+        value = getattr(scaling, field.name)
+        numbers = cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,)
+        if field.name not in _OF_ANY_SIGN and any(type(n) in (int, float) and n <= 0 for n in numbers):
+            raise BadInputError(f"rope_scaling.{field.name} is {told(value)}: it must be above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,12 +30,16 @@ class Llama3RopeScaling:
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
 
+    __post_init__ = _check
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearRopeScaling:
     """Every frequency is divided by `factor`."""
 
     factor: float
+
+    __post_init__ = _check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +60,8 @@ class YarnRopeScaling:
     truncate: bool = True
     """Whether the ramp begins and ends at whole channels (GPT-OSS: it does not)."""
 
+    __post_init__ = _check
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LongRopeScaling:
@@ -49,6 +71,8 @@ class LongRopeScaling:
     long_factor: tuple[float, ...]
     original_max_position_embeddings: int
     attention_factor: float | None = None
+
+    __post_init__ = _check
 
 
 RopeScaling = Llama3RopeScaling | LinearRopeScaling | YarnRopeScaling | LongRopeScaling

@@ -138,7 +138,7 @@ def _yarn(scaling: YarnRopeScaling, *, latent: bool) -> dict[str, Any]:
     return {"position_embedding_type": "yarn", **{f"yarn_{name}": value for name, value in told.items()}}
 
 
-_OLD = frozenset(
+TOLD_BY_ARGUMENTS = frozenset(
     (
         *SAME,
         *("vocab_size", "layernorm_epsilon", "rotary_base", "window_size", "share_embeddings_and_output_weights"),
@@ -153,7 +153,7 @@ def _beyond(config: ModelConfig) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name in _OLD or value == field.default:
+        if field.name in TOLD_BY_ARGUMENTS or value == field.default:
             continue
         if field.name == "rope_scaling":
             if isinstance(value, Llama3RopeScaling):

@@ -7,8 +7,10 @@ from dataclasses import fields
 from math import isclose
 from typing import Any, cast
 
+from torch import Tensor
+
 from ckptbridge.converters.errors import BadInputError, NotSupportedError, told
-from ckptbridge.converters.mcore.args import BEYOND, SAME_WHERE_SET
+from ckptbridge.converters.mcore.args import BEYOND, SAME_WHERE_SET, TOLD_BY_ARGUMENTS
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.rope_scaling import KINDS, LinearRopeScaling, Llama3RopeScaling, RopeScaling, YarnRopeScaling
 
@@ -32,6 +34,8 @@ def config_from_args(args: Namespace, where: str) -> ModelConfig:
     Raises NotSupportedError naming an argument whose value is not supported, BadInputError naming one that
     is missing.
     """
+    # No argument is a tensor, and a tensor compares with nothing.
+    args = Namespace(**{name: "a tensor" if isinstance(value, Tensor) else value for name, value in vars(args).items()})
     for name, known in _MUST.items():
         if hasattr(args, name) and getattr(args, name) not in known:
             raise NotSupportedError(f"{where}: args.{name} is {told(getattr(args, name))}; supported: {known[0]!r}")
@@ -179,9 +183,9 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kept(kept: dict[str, Any], where: str) -> dict[str, Any]:
-    names = {field.name for field in fields(ModelConfig)}
+    names = {field.name for field in fields(ModelConfig)} - TOLD_BY_ARGUMENTS
     if strange := sorted(str(name) for name in kept if name not in names):
-        raise NotSupportedError(f"{where}: args.{BEYOND} names {strange[:4]}, which this version does not know")
+        raise NotSupportedError(f"{where}: args.{BEYOND} names {told(strange)}, which this version does not read there")
     made = _tuples(kept)
     if isinstance(scaling := kept.get("rope_scaling"), dict):
         told_of = dict(cast(dict[str, Any], scaling))

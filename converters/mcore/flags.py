@@ -111,7 +111,7 @@ def _rope(config: ModelConfig) -> list[Flag]:
         plain += [("--rope-type", "rope"), ("--no-rope-fusion",)]  # the fused one knows YaRN only
     if isinstance(scaling, Llama3RopeScaling):
         plain += [("--use-rope-scaling",), ("--rope-scaling-factor", _written(scaling.factor))]
-    elif isinstance(scaling, LinearRopeScaling) and scaling.factor.is_integer():
+    elif isinstance(scaling, LinearRopeScaling) and float(scaling.factor).is_integer():
         plain += [("--rotary-seq-len-interpolation-factor", _written(scaling.factor))]
     return plain
 

@@ -84,9 +84,13 @@ def unsaid(config: ModelConfig) -> dict[str, str]:
         found["moe_router_group_topk"] = f"a group is as good as its best {best} experts there, not as its best two"
     if experts and config.moe_router_score_function == "sigmoid" and config.moe_router_pre_softmax:
         found["moe_router_pre_softmax"] = "the chosen sigmoids are always divided by their sum there"
-    softmax = experts and config.moe_router_score_function == "softmax"
-    if softmax and config.moe_router_topk == 1 and not config.moe_router_pre_softmax:
-        found["moe_router_topk"] = "it refuses one expert a token, whose only weight would always be 1"
+    if experts and config.moe_router_topk == 1 and not config.moe_router_pre_softmax:
+        is_softmax = config.moe_router_score_function == "softmax"
+        found["moe_router_topk"] = (
+            "it refuses one expert a token, whose only weight would always be 1"
+            if is_softmax
+            else "the only expert of a token is weighed by its sigmoid as it is"
+        )
     return found
 
 
@@ -101,7 +105,7 @@ def _unsaid_rope(config: ModelConfig) -> str:
     if isinstance(scaling, Llama3RopeScaling):
         return f"it is {MEGATRON_ROPE_SCALING} there whatever --rope-scaling-factor says"
     if isinstance(scaling, LinearRopeScaling):
-        return "" if scaling.factor.is_integer() else "a linear factor is a whole number there"
+        return "" if float(scaling.factor).is_integer() else "a linear factor is a whole number there"
     if not isinstance(scaling, YarnRopeScaling):
         return "it is not known there, and positions are not scaled"
     own = scaling.attention_factor

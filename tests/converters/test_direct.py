@@ -26,6 +26,14 @@ from tests.converters.test_finishing import open_descriptors
 TWO_BLOCKS = 2 * ALIGNMENT
 
 
+def opened_direct(path: Path) -> int:
+    """`open_direct`; the test is skipped where the temporary folder's file system has no direct writes."""
+    made = open_direct(path)
+    if made is None:
+        pytest.skip("the file system of the temporary folder has no direct writes")
+    return made
+
+
 class Written:
     """A file of `size` bytes that is open both ways, and what went through the page cache."""
 
@@ -34,11 +42,8 @@ class Written:
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
         reserve(self.descriptor, size)
         self.cached: list[tuple[int, int]] = []
-        made = open_direct(path)
-        if made is None:
-            pytest.skip("the file system of the temporary folder has no direct writes")
-        self.direct_descriptor = made
-        self.file = DirectFile(path, made, self.put)
+        self.direct_descriptor = opened_direct(path)
+        self.file = DirectFile(path, self.direct_descriptor, self.put)
 
     def put(self, offset: int, data: memoryview) -> None:
         self.cached.append((offset, offset + len(data)))
@@ -157,8 +162,11 @@ def test_a_short_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.fixture
-def everything_direct(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def everything_direct(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     """Small tensors are written directly too, from small buffers; the list holds the bytes of each direct write."""
+    (tmp_path / "probe").touch()
+    os.close(opened_direct(tmp_path / "probe"))
+    (tmp_path / "probe").unlink()
     monkeypatch.setattr(drafts, "SMALLEST_RUN_NBYTES", 1)
     monkeypatch.setattr("ckptbridge.converters.execute.DirectWriter", partial(DirectWriter, buffer_nbytes=TWO_BLOCKS))
     taken: list[int] = []
@@ -227,6 +235,18 @@ def test_what_fills_the_memory_is_written_directly(tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     assert (direct.available_nbytes() or 0) > 1 << 20
     assert not direct.is_on_a_disk(Path("/proc"))
+
+
+def test_what_counts_is_the_whole_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what this process has to write of it: ranks of one machine share its memory, and its page cache."""
+    asked: list[int] = []
+    monkeypatch.setattr("ckptbridge.converters.execute.is_worth_it", lambda folder, nbytes: asked.append(nbytes))
+    source, options = write_sizable(tmp_path / "source"), {"max_file_size": 4 << 20, "workers": 2}
+    plan = planned(source, tmp_path / "target", **options)
+    with pytest.raises(Interrupted):
+        execute(plan, interrupt_after(10 << 20))
+    execute(planned(source, tmp_path / "target", resume=True, **options))
+    assert asked == [plan.nbytes, plan.nbytes]
 
 
 def test_the_plan_counts_the_buffers(tiny_folder: TinyFolders, tmp_path: Path) -> None:
