@@ -89,6 +89,8 @@ class Family:
     architecture: str
     params: tuple[Param, ...]
     fields: tuple[FieldRow, ...]
+    no_hf_class: str = ""
+    """Why transformers has no class of this architecture: its checkpoints are Megatron's only. Empty: it has one."""
     spellings: tuple[str, ...] = ()
     """Other names of the architecture in published files."""
     ignored: tuple[str, ...] = ()

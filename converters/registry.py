@@ -18,6 +18,7 @@ from ckptbridge.converters.families.minimax_m2 import MINIMAX_M2
 from ckptbridge.converters.families.mistral import MISTRAL
 from ckptbridge.converters.families.mixtral import MIXTRAL
 from ckptbridge.converters.families.nemotron import NEMOTRON
+from ckptbridge.converters.families.nemotron_moe import NEMOTRON_MOE
 from ckptbridge.converters.families.olmo2 import OLMO2
 from ckptbridge.converters.families.olmoe import OLMOE
 from ckptbridge.converters.families.phi3 import PHI3
@@ -53,6 +54,7 @@ FAMILIES: tuple[Family, ...] = (
     GRANITE,
     GRANITE_MOE,
     GPT_OSS,
+    NEMOTRON_MOE,
 )
 """In the order in which a Megatron checkpoint without a config.json is tried: the first that can express it wins."""
 

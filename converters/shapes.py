@@ -35,6 +35,11 @@ def _shared_ffn(c: ModelConfig) -> int:
     return c.moe_shared_expert_intermediate_size or 0
 
 
+def _fc1_rows(c: ModelConfig, width: int) -> int:
+    """gate_proj above up_proj, or one matrix where there is no gated unit."""
+    return (1 + c.gated_linear_unit) * width
+
+
 _SHAPES: dict[str, Callable[[ModelConfig], tuple[int, ...]]] = {
     "embedding.word_embeddings.weight": lambda c: (c.vocab_size, c.hidden_size),
     "output_layer.weight": lambda c: (c.vocab_size, c.hidden_size),
@@ -66,22 +71,22 @@ _SHAPES: dict[str, Callable[[ModelConfig], tuple[int, ...]]] = {
     "pre_mlp_layernorm.bias": lambda c: (c.hidden_size,),
     "mlp.linear_fc1.layer_norm_weight": lambda c: (c.hidden_size,),
     "mlp.linear_fc1.layer_norm_bias": lambda c: (c.hidden_size,),
-    "mlp.linear_fc1.weight": lambda c: ((1 + c.gated_linear_unit) * c.ffn_hidden_size, c.hidden_size),
+    "mlp.linear_fc1.weight": lambda c: (_fc1_rows(c, c.ffn_hidden_size), c.hidden_size),
     "self_attention.linear_proj.post_layernorm.weight": lambda c: (c.hidden_size,),
     "mlp.linear_fc2.post_layernorm.weight": lambda c: (c.hidden_size,),
-    "mlp.linear_fc1.bias": lambda c: ((1 + c.gated_linear_unit) * c.ffn_hidden_size,),
+    "mlp.linear_fc1.bias": lambda c: (_fc1_rows(c, c.ffn_hidden_size),),
     "mlp.linear_fc2.bias": lambda c: (c.hidden_size,),
     "mlp.linear_fc2.weight": lambda c: (c.hidden_size, c.ffn_hidden_size),
     "mlp.router.expert_bias": lambda c: (c.num_moe_experts or 0,),
     "mlp.router.weight": lambda c: (c.num_moe_experts or 0, c.hidden_size),
-    "mlp.experts.experts.linear_fc1.weight": lambda c: (2 * _expert_ffn(c), c.hidden_size),
+    "mlp.experts.experts.linear_fc1.weight": lambda c: (_fc1_rows(c, _expert_ffn(c)), c.hidden_size),
     "mlp.experts.experts.linear_fc2.weight": lambda c: (c.hidden_size, _expert_ffn(c)),
     "self_attention.core_attention.softmax_offset": lambda c: (c.num_attention_heads,),
     "self_attention.linear_proj.bias": lambda c: (c.hidden_size,),
     "mlp.router.bias": lambda c: (c.num_moe_experts or 0,),
-    "mlp.experts.experts.linear_fc1.bias": lambda c: (2 * _expert_ffn(c),),
+    "mlp.experts.experts.linear_fc1.bias": lambda c: (_fc1_rows(c, _expert_ffn(c)),),
     "mlp.experts.experts.linear_fc2.bias": lambda c: (c.hidden_size,),
-    "mlp.shared_experts.linear_fc1.weight": lambda c: (2 * _shared_ffn(c), c.hidden_size),
+    "mlp.shared_experts.linear_fc1.weight": lambda c: (_fc1_rows(c, _shared_ffn(c)), c.hidden_size),
     "mlp.shared_experts.linear_fc2.weight": lambda c: (c.hidden_size, _shared_ffn(c)),
     "mlp.shared_experts.gate_weight": lambda c: (1, c.hidden_size),
     "mtp.layers.{layer}.enorm.weight": lambda c: (c.hidden_size,),

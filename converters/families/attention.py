@@ -5,10 +5,11 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from ckptbridge.converters.fields import FieldRow, Must, Pair, same
+from ckptbridge.converters.fields import FieldRow, Must, Pair, SparseLayers, same
 from ckptbridge.converters.layout import COPY, GATED, QKV, ROW, VOCAB
 from ckptbridge.converters.mapping import Param
 from ckptbridge.converters.model_config import ModelConfig
+from ckptbridge.converters.rope_fields import Rope
 
 M, H = "decoder.layers.{layer}", "model.layers.{layer}"
 
@@ -52,6 +53,8 @@ PROJECTION_BIAS = (
     ),
 )
 
+BIASED_ATTENTION = ATTENTION + QKV_BIAS + PROJECTION_BIAS
+
 QK_NORM = tuple(
     Param(
         f"{M}.self_attention.{which}_layernorm.weight",
@@ -63,22 +66,22 @@ QK_NORM = tuple(
 )
 
 
-def _is_dense(config: ModelConfig, layer: int) -> bool:
+def is_dense(config: ModelConfig, layer: int) -> bool:
     return not config.is_moe_layer(layer)
 
 
 MLP_NORM = (
-    Param(f"{M}.mlp.linear_fc1.layer_norm_weight", f"{H}.post_attention_layernorm.weight", COPY, when=_is_dense),
+    Param(f"{M}.mlp.linear_fc1.layer_norm_weight", f"{H}.post_attention_layernorm.weight", COPY, when=is_dense),
 )
 GATE_UP_APART = (
     Param(
         f"{M}.mlp.linear_fc1.weight",
         (f"{H}.mlp.gate_proj.weight", f"{H}.mlp.up_proj.weight"),
         GATED,
-        when=_is_dense,
+        when=is_dense,
     ),
 )
-DOWN = (Param(f"{M}.mlp.linear_fc2.weight", f"{H}.mlp.down_proj.weight", ROW, when=_is_dense),)
+DOWN = (Param(f"{M}.mlp.linear_fc2.weight", f"{H}.mlp.down_proj.weight", ROW, when=is_dense),)
 DENSE_MLP = MLP_NORM + GATE_UP_APART + DOWN
 
 MLP_BIAS = (
@@ -98,7 +101,7 @@ MLP_BIAS = (
 """Of models without experts."""
 
 
-def moe_mlp(block: str, gate_proj: str, up_proj: str, down_proj: str) -> tuple[Param, ...]:
+def _moe_mlp(block: str, gate_proj: str, up_proj: str, down_proj: str) -> tuple[Param, ...]:
     """Router and experts under `block`, e.g. mlp or block_sparse_moe, with the family's names of the three matrices."""
     expert = f"{H}.{block}.experts.{{expert}}"
     mcore = f"{M}.mlp.experts.experts.{{expert}}"
@@ -119,6 +122,9 @@ def moe_mlp(block: str, gate_proj: str, up_proj: str, down_proj: str) -> tuple[P
         Param(f"{mcore}.linear_fc2.weight", f"{expert}.{down_proj}.weight", ROW, when=ModelConfig.is_moe_layer),
     )
 
+
+MOE_MLP = _moe_mlp("mlp", gate_proj="gate_proj", up_proj="up_proj", down_proj="down_proj")
+BLOCK_SPARSE_MOE = _moe_mlp("block_sparse_moe", gate_proj="w1", up_proj="w3", down_proj="w2")
 
 SHARED_EXPERT = (
     Param(
@@ -176,6 +182,26 @@ MOE_FIELDS: tuple[FieldRow, ...] = (
 )
 
 NORM_TOPK_PROB = Pair("norm_topk_prob", "moe_router_pre_softmax", default=False, convert=(operator.not_, operator.not_))
+
+ONE_WIDTH: tuple[FieldRow, ...] = (
+    Pair("intermediate_size", "moe_ffn_hidden_size"),
+    Pair("intermediate_size", "ffn_hidden_size"),
+)
+"""Of models without dense layers. Megatron takes the experts' width where no other is named: here either is right."""
+
+QWEN_MOE_FIELDS: tuple[FieldRow, ...] = (
+    *SIZE_FIELDS,
+    *MOE_FIELDS,
+    HEAD_DIM,
+    NORM_TOPK_PROB,
+    # transformers 5 writes num_local_experts, the published files num_experts; its classes read both.
+    Pair("num_experts", "num_moe_experts", spellings=("num_local_experts",)),
+    Pair("intermediate_size", "ffn_hidden_size"),
+    Pair("moe_intermediate_size", "moe_ffn_hidden_size"),
+    Pair("rms_norm_eps", "layernorm_epsilon", default=1e-6),
+    SparseLayers(),
+    Rope(),
+)
 
 ATTENTION_BIAS: tuple[FieldRow, ...] = (
     Pair("attention_bias", "add_qkv_bias", default=False),

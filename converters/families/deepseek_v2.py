@@ -5,20 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ckptbridge.converters.errors import NotSupportedError, told
-from ckptbridge.converters.families.attention import DENSE_MLP, MODEL_ENDS, SIZE_FIELDS, moe_mlp
-from ckptbridge.converters.families.latent import (
-    LATENT_ATTENTION,
-    LATENT_FIELDS,
-    MIXTURE_FIELDS,
-    SHARED_EXPERTS,
-    DenseFirst,
-    ExpertGroups,
-    scaling_factor,
-)
+from ckptbridge.converters.families.attention import MODEL_ENDS, SIZE_FIELDS
+from ckptbridge.converters.families.latent import LATENT_ATTENTION, LATENT_FIELDS
+from ckptbridge.converters.families.mixture import MIXTURE, MIXTURE_FIELDS, DenseFirst, ExpertGroups, scaling_factor
 from ckptbridge.converters.fields import FieldRow, Json, Lacks, Must
 from ckptbridge.converters.mapping import Family
 from ckptbridge.converters.model_config import ModelConfig
-from ckptbridge.converters.rope_fields import Rope
 
 
 @dataclass(frozen=True)
@@ -50,26 +42,15 @@ class _Choice(FieldRow):
 DEEPSEEK_V2 = Family(
     name="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
-    params=MODEL_ENDS
-    + LATENT_ATTENTION
-    + DENSE_MLP
-    + moe_mlp("mlp", gate_proj="gate_proj", up_proj="up_proj", down_proj="down_proj")
-    + SHARED_EXPERTS,
+    params=MODEL_ENDS + LATENT_ATTENTION + MIXTURE,
     fields=(
-        Lacks("multi_latent_attention", True),
-        Lacks("moe_router_pre_softmax", True),
-        Lacks("qk_layernorm", True),
         *SIZE_FIELDS,
         *LATENT_FIELDS,
         *MIXTURE_FIELDS,
         _Choice(ExpertGroups()),
         DenseFirst(default=0),
         scaling_factor(default=1.0),
-        Rope(kinds=("default", "yarn")),
-        # The class norms latents with 1e-6 whatever it is told; Megatron has one epsilon for all norms.
-        Must("rms_norm_eps", 1e-6),
-        Lacks("layernorm_epsilon", 1e-6),
-        Must("attention_bias", False),
+        Lacks("moe_router_pre_softmax", True),
         Must("mlp_bias", False),
         Must("moe_layer_freq", 1, write=False),
         Must("norm_topk_prob", False),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from ckptbridge.converters.families.attention import (
-    ATTENTION,
     ATTENTION_BIAS,
+    BIASED_ATTENTION,
     DENSE_MLP,
     HEAD_DIM,
     MODEL_ENDS,
     MOE_FIELDS,
-    PROJECTION_BIAS,
-    QKV_BIAS,
     SIZES,
     H,
     M,
@@ -41,7 +39,7 @@ _EXPERT, _BLOCK = f"{M}.mlp.experts.experts.{{expert}}", f"{H}.block_sparse_moe"
 GRANITE = Family(
     name="granite",
     architecture="GraniteForCausalLM",
-    params=MODEL_ENDS + ATTENTION + QKV_BIAS + PROJECTION_BIAS + DENSE_MLP,
+    params=MODEL_ENDS + BIASED_ATTENTION + DENSE_MLP,
     fields=(*_FIELDS, Must("mlp_bias", False)),
 )
 
@@ -49,7 +47,7 @@ GRANITE_MOE = Family(
     name="granitemoe",
     architecture="GraniteMoeForCausalLM",
     params=(
-        *(MODEL_ENDS + ATTENTION + QKV_BIAS + PROJECTION_BIAS),
+        *(MODEL_ENDS + BIASED_ATTENTION),
         Param(f"{M}.pre_mlp_layernorm.weight", f"{H}.post_attention_layernorm.weight", COPY),
         Param(f"{M}.mlp.router.weight", f"{_BLOCK}.router.layer.weight", COPY),
         Param(f"{_EXPERT}.linear_fc1.weight", f"{_BLOCK}.input_linear.weight", GATED_WHOLE),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from ckptbridge.converters.families.attention import (
-    ATTENTION,
     ATTENTION_BIAS,
+    BIASED_ATTENTION,
     DENSE_MLP,
     HEAD_DIM,
     MLP_BIAS,
     MODEL_ENDS,
-    PROJECTION_BIAS,
-    QKV_BIAS,
     SIZE_FIELDS,
 )
 from ckptbridge.converters.fields import Lacks, Must, Pair
@@ -20,7 +18,7 @@ from ckptbridge.converters.rope_fields import Rope
 LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
-    params=MODEL_ENDS + ATTENTION + QKV_BIAS + PROJECTION_BIAS + DENSE_MLP + MLP_BIAS,
+    params=MODEL_ENDS + BIASED_ATTENTION + DENSE_MLP + MLP_BIAS,
     fields=(
         *SIZE_FIELDS,
         HEAD_DIM,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from ckptbridge.converters.families.attention import (
     ATTENTION,
+    BLOCK_SPARSE_MOE,
     MODEL_ENDS,
     MOE_FIELDS,
+    ONE_WIDTH,
     QK_NORM,
     SIZE_FIELDS,
     H,
     M,
-    moe_mlp,
 )
 from ckptbridge.converters.fields import Irrelevant, Lacks, Must, Pair
 from ckptbridge.converters.mapping import Family, Param
@@ -22,15 +23,14 @@ MINIMAX_M2 = Family(
     params=MODEL_ENDS
     + ATTENTION
     + QK_NORM
-    + moe_mlp("block_sparse_moe", gate_proj="w1", up_proj="w3", down_proj="w2")
+    + BLOCK_SPARSE_MOE
     + (Param(f"{M}.mlp.router.expert_bias", f"{H}.block_sparse_moe.e_score_correction_bias"),),
     fields=(
         *SIZE_FIELDS,
         *MOE_FIELDS,
         Pair("head_dim", "kv_channels", default=128),
         Pair("num_local_experts", "num_moe_experts", spellings=("num_experts",)),
-        Pair("intermediate_size", "moe_ffn_hidden_size"),
-        Pair("intermediate_size", "ffn_hidden_size"),
+        *ONE_WIDTH,
         Pair("rms_norm_eps", "layernorm_epsilon", default=1e-6),
         Rope(default_theta=5e6, partial=1.0, rotary_dim="rotary_dim"),
         Must("router_jitter_noise", 0.0),

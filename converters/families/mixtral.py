@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ckptbridge.converters.families.attention import (
     ATTENTION,
+    BLOCK_SPARSE_MOE,
     HEAD_DIM,
     MODEL_ENDS,
     MOE_FIELDS,
+    ONE_WIDTH,
     SIZE_FIELDS,
-    moe_mlp,
 )
 from ckptbridge.converters.fields import Lacks, Must, Pair
 from ckptbridge.converters.mapping import Family
@@ -17,15 +18,13 @@ from ckptbridge.converters.rope_fields import Rope
 MIXTRAL = Family(
     name="mixtral",
     architecture="MixtralForCausalLM",
-    params=MODEL_ENDS + ATTENTION + moe_mlp("block_sparse_moe", gate_proj="w1", up_proj="w3", down_proj="w2"),
+    params=MODEL_ENDS + ATTENTION + BLOCK_SPARSE_MOE,
     fields=(
         *SIZE_FIELDS,
         *MOE_FIELDS,
         HEAD_DIM,
         Pair("num_local_experts", "num_moe_experts"),
-        Pair("intermediate_size", "moe_ffn_hidden_size"),
-        # Megatron takes the experts' width where no other is named; keep both equal so that either is right.
-        Pair("intermediate_size", "ffn_hidden_size"),
+        *ONE_WIDTH,
         Pair("rms_norm_eps", "layernorm_epsilon", default=1e-5),
         Pair("sliding_window", "window_size", default=None),
         Rope(default_theta=1e6),

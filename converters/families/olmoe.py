@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from ckptbridge.converters.families.attention import (
-    ATTENTION,
     ATTENTION_BIAS,
+    BIASED_ATTENTION,
     HEAD_DIM,
     MODEL_ENDS,
+    MOE_MLP,
     NORM_TOPK_PROB,
-    PROJECTION_BIAS,
+    ONE_WIDTH,
     QK_NORM,
-    QKV_BIAS,
     SIZE_FIELDS,
-    moe_mlp,
 )
 from ckptbridge.converters.fields import Lacks, Must, Pair
 from ckptbridge.converters.mapping import Family
@@ -21,12 +20,7 @@ from ckptbridge.converters.rope_fields import Rope
 OLMOE = Family(
     name="olmoe",
     architecture="OlmoeForCausalLM",
-    params=MODEL_ENDS
-    + ATTENTION
-    + QKV_BIAS
-    + QK_NORM
-    + PROJECTION_BIAS
-    + moe_mlp("mlp", gate_proj="gate_proj", up_proj="up_proj", down_proj="down_proj"),
+    params=MODEL_ENDS + BIASED_ATTENTION + QK_NORM + MOE_MLP,
     fields=(
         *SIZE_FIELDS,
         Pair("num_experts_per_tok", "moe_router_topk"),
@@ -34,8 +28,7 @@ OLMOE = Family(
         HEAD_DIM,
         NORM_TOPK_PROB,
         Pair("num_experts", "num_moe_experts", default=64, spellings=("num_local_experts",)),
-        Pair("intermediate_size", "moe_ffn_hidden_size"),
-        Pair("intermediate_size", "ffn_hidden_size"),
+        *ONE_WIDTH,
         Pair("rms_norm_eps", "layernorm_epsilon", default=1e-5),
         *ATTENTION_BIAS,
         Must("clip_qkv", None),

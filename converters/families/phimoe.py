@@ -7,18 +7,16 @@ authors' own code does not; this package's decoder follows the authors.
 from __future__ import annotations
 
 from ckptbridge.converters.families.attention import (
-    ATTENTION,
     ATTENTION_BIAS,
+    BIASED_ATTENTION,
+    BLOCK_SPARSE_MOE,
     HEAD_DIM,
     MODEL_ENDS,
     MOE_FIELDS,
-    NO_DROPOUT,
-    PROJECTION_BIAS,
-    QKV_BIAS,
-    SIZES,
+    ONE_WIDTH,
+    SIZE_FIELDS,
     H,
     M,
-    moe_mlp,
 )
 from ckptbridge.converters.fields import Irrelevant, Lacks, Must, Pair
 from ckptbridge.converters.layout import VOCAB
@@ -36,28 +34,19 @@ PHIMOE = Family(
     name="phimoe",
     architecture="PhimoeForCausalLM",
     spellings=("PhiMoEForCausalLM",),
-    params=MODEL_ENDS
-    + ATTENTION
-    + QKV_BIAS
-    + PROJECTION_BIAS
-    + _BIASES
-    + moe_mlp("block_sparse_moe", gate_proj="w1", up_proj="w3", down_proj="w2"),
+    params=MODEL_ENDS + BIASED_ATTENTION + _BIASES + BLOCK_SPARSE_MOE,
     fields=(
-        *SIZES,
+        *SIZE_FIELDS,
         *MOE_FIELDS,
         HEAD_DIM,
         *ATTENTION_BIAS,
         Pair("lm_head_bias", "add_output_layer_bias", default=False),
         Pair("num_local_experts", "num_moe_experts"),
-        Pair("intermediate_size", "moe_ffn_hidden_size"),
-        Pair("intermediate_size", "ffn_hidden_size"),
+        *ONE_WIDTH,
         Pair("rms_norm_eps", "layernorm_epsilon", default=1e-5),
-        Pair("initializer_range", "init_method_std", default=0.02),
         Pair("sliding_window", "window_size", default=None),
         Pair("router_jitter_noise", "moe_router_jitter", default=0.01),
         Rope(default_theta=1e6, kinds=("default", "longrope"), original_beside=True, has_mscales=True),
-        Must("hidden_act", "silu"),
-        NO_DROPOUT,
         Must("tie_word_embeddings", False),
         Must("num_experts_per_tok", 2),
         Must("hidden_dropout", 0.0, write=False),

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from ckptbridge.converters.families.attention import (
-    ATTENTION,
     ATTENTION_BIAS,
+    BIASED_ATTENTION,
     DENSE_MLP,
     MODEL_ENDS,
-    PROJECTION_BIAS,
     QK_NORM,
-    QKV_BIAS,
     SIZE_FIELDS,
 )
 from ckptbridge.converters.fields import Lacks, Pair
@@ -20,7 +18,7 @@ from ckptbridge.converters.window_fields import LAST_LAYERS
 QWEN3 = Family(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
-    params=MODEL_ENDS + ATTENTION + QKV_BIAS + PROJECTION_BIAS + QK_NORM + DENSE_MLP,
+    params=MODEL_ENDS + BIASED_ATTENTION + QK_NORM + DENSE_MLP,
     fields=(
         *SIZE_FIELDS,
         Pair("head_dim", "kv_channels", default=128),
