@@ -13,105 +13,17 @@ files. `--check` converts a model of twice the size too, and fails when that tak
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ckptbridge import __version__
-from ckptbridge.converters.fields import write_config
-from ckptbridge.converters.mapping import Family
-from ckptbridge.converters.model_config import ModelConfig
-from ckptbridge.converters.registry import family_named
-from ckptbridge.converters.safetensors_header import make_header
-from ckptbridge.converters.tensors import Zeros
-
-RESULTS = Path(__file__).parent / "results"
-
-
-def model_of(name: str, gigabytes: float) -> tuple[Family, ModelConfig]:
-    """A model of about so many bytes in bf16: the layers of Llama 1B or of a small Mixtral, as many as it takes."""
-    shared = {"num_attention_heads": 32, "num_query_groups": 8, "vocab_size": 32000, "rotary_base": 10000.0}
-    if name == "llama":
-        one = {"hidden_size": 2048, "ffn_hidden_size": 5632, "kv_channels": 64, **shared}
-        layer_nbytes = 2 * (2048 * 64 * (32 * 2 + 8 * 2) + 3 * 2048 * 5632)
-    else:
-        one = {"hidden_size": 2048, "ffn_hidden_size": 7168, "kv_channels": 64, **shared}
-        one |= {"num_moe_experts": 8, "moe_ffn_hidden_size": 7168}
-        layer_nbytes = 2 * (2048 * 64 * (32 * 2 + 8 * 2) + 8 * 3 * 2048 * 7168)
-    ends_nbytes = 2 * 2 * 32000 * 2048
-    layers = max(1, round((gigabytes * 1e9 - ends_nbytes) / layer_nbytes))
-    return family_named(name), ModelConfig(num_layers=layers, **one)
-
-
-def write_random_model(family: Family, config: ModelConfig, folder: Path, shard_nbytes: int = 1_000_000_000) -> int:
-    """A Hugging Face folder of random bf16 weights. Returns its tensor bytes."""
-    folder.mkdir(parents=True)
-    shapes = {n: s for m in family.moves(config) for n, s in zip(m.hf, m.hf_shapes, strict=True)}
-    shards: list[dict[str, Zeros]] = [{}]
-    for name, shape in shapes.items():
-        tensor = Zeros(shape, torch.bfloat16)
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > shard_nbytes:
-            shards.append({})
-        shards[-1][name] = tensor
-    weight_map: dict[str, str] = {}
-    generator = torch.Generator().manual_seed(0)
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        header, _ = make_header(shard)
-        with (folder / file).open("wb") as out:
-            out.write(header)
-            for tensor in shard.values():
-                values = torch.randn(tensor.shape, generator=generator, dtype=torch.bfloat16)
-                out.write(values.view(torch.uint8).numpy().tobytes())
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    fields = write_config(family.fields, config)
-    described = {"architectures": [family.architecture], "model_type": family.name, "dtype": "bfloat16", **fields}
-    (folder / "config.json").write_text(json.dumps(described))
-    return total
-
-
-_MEASURE = """
-import json, os, subprocess, sys, time
-start = time.perf_counter()
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
-_, status, usage = os.wait4(process.pid, 0)
-seconds = time.perf_counter() - start
-print(json.dumps([seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20, status]))
-"""
-"""A small process of its own starts the command: a child's peak begins at its parent's size."""
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Of one process: wall seconds, the processor's seconds in it and in the kernel for it, peak resident GiB."""
-
-    seconds: float
-    processor_seconds: float
-    peak_gib: float
-
-
-def measure(command: list[str]) -> Measured:
-    """Run one command. Raises if it fails."""
-    small = [sys.executable, "-S", "-E", "-c", _MEASURE, *command]
-    *numbers, status = json.loads(subprocess.run(small, stdout=subprocess.PIPE, check=True).stdout)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed with status {status}")
-    return Measured(*numbers)
-
+from measuring import RESULTS, Measured, command_line, measure, model_of, versions, write_random_model, write_result
 
 PEERS: dict[tuple[str, float], dict[str, Any]] = {
     ("llama", 1.7): {
@@ -139,9 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as work:
         result = run(options, Path(work))
     if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        name = f"conversion-{options.model}-{options.gb:g}gb.json"
-        (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
+        write_result(f"conversion-{options.model}-{options.gb:g}gb.json", result)
     if not sys.stdout.isatty():
         print(json.dumps(result, indent=1))
     if result.get("flat") is False:
@@ -175,13 +85,10 @@ def run(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         load.append(round(os.getloadavg()[0], 2))
     shutil.rmtree(mcore)
     result: dict[str, Any] = {
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "ckptbridge": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **versions(),
         "machine": machine(work),
         "load_average": load,
-        "command": " ".join(["python", "benchmarks/conversion.py", *sys.argv[1:]]),
+        "command": command_line("conversion.py"),
         "copy": "cp -r" + (" && sync" if options.sync else ""),
         "model": family.architecture,
         "nbytes": nbytes,

@@ -13,59 +13,40 @@ turns, and so does a dry run, whose time (Python, torch, the plan) is taken off 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from measuring import (
+    RESULTS,
+    Measured,
+    command_line,
+    machine_in_words,
+    measure,
+    model_of,
+    versions,
+    write_random_model,
+    write_result,
+)
 from torch import Tensor
 
-from ckptbridge import __version__
-from ckptbridge.converters.fields import write_config
 from ckptbridge.converters.fp8_blocks import BlockSize
 from ckptbridge.converters.mapping import Family
 from ckptbridge.converters.model_config import ModelConfig
-from ckptbridge.converters.registry import family_named
-from ckptbridge.converters.safetensors_header import make_header
 from ckptbridge.converters.tensors import Zeros
 
-RESULTS = Path(__file__).parent / "results"
-SHARD_NBYTES = 1_000_000_000
 QUANTISATION = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
     "quant_method": "fp8",
     "weight_block_size": [128, 128],
 }
-
-
-def model_of(name: str, gigabytes: float) -> tuple[Family, ModelConfig]:
-    """A model of about so many bytes in bf16, with the widths of a small Mixtral or of Llama 1B."""
-    width = 7168 if name == "mixtral" else 5632
-    one: dict[str, Any] = {
-        "hidden_size": 2048,
-        "ffn_hidden_size": width,
-        "num_attention_heads": 32,
-        "num_query_groups": 8,
-        "kv_channels": 64,
-        "vocab_size": 32000,
-        "rotary_base": 10000.0,
-    }
-    matrices = 3 * (8 if name == "mixtral" else 1)
-    layer_nbytes = 2 * (2048 * 64 * (32 * 2 + 8 * 2) + matrices * 2048 * width)
-    if name == "mixtral":
-        one |= {"num_moe_experts": 8, "moe_ffn_hidden_size": width}
-    layers = max(1, round((gigabytes * 1e9 - 2 * 2 * 32000 * 2048) / layer_nbytes))
-    return family_named(name), ModelConfig(num_layers=layers, **one)
 
 
 def is_quantised(name: str, shape: tuple[int, ...]) -> bool:
@@ -75,29 +56,10 @@ def is_quantised(name: str, shape: tuple[int, ...]) -> bool:
 
 def write_model(family: Family, config: ModelConfig, folder: Path, fp8: bool) -> int:
     """A Hugging Face folder of random weights, in bf16 or in fp8 with scales. Returns its tensor bytes."""
-    folder.mkdir(parents=True)
-    shards: list[dict[str, Zeros]] = [{}]
-    for name, tensor in _described(family, config, fp8):
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD_NBYTES:
-            shards.append({})
-        shards[-1][name] = tensor
-    weight_map: dict[str, str] = {}
-    generator = torch.Generator().manual_seed(0)
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        with (folder / file).open("wb") as out:
-            out.write(make_header(shard)[0])
-            for tensor in shard.values():
-                out.write(_random(tensor, generator).view(torch.uint8).numpy().tobytes())
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    described = {"quantization_config": QUANTISATION} if fp8 else {}
+    return write_random_model(
+        family, config, folder, tensors=_described(family, config, fp8), draw=_random, **described
     )
-    fields = write_config(family.fields, config) | ({"quantization_config": QUANTISATION} if fp8 else {})
-    described = {"architectures": [family.architecture], "model_type": family.name, "dtype": "bfloat16", **fields}
-    (folder / "config.json").write_text(json.dumps(described))
-    return total
 
 
 def _described(family: Family, config: ModelConfig, fp8: bool) -> Iterator[tuple[str, Zeros]]:
@@ -124,27 +86,6 @@ def _random(tensor: Zeros, generator: torch.Generator) -> Tensor:
     return torch.randn(tensor.shape, generator=generator, dtype=torch.bfloat16).mul_(0.02)
 
 
-_MEASURE = """
-import json, os, subprocess, sys, time
-os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: int(sys.argv[1])]))
-start = time.perf_counter()
-process = subprocess.Popen(sys.argv[2:], stdout=subprocess.DEVNULL)
-_, status, usage = os.wait4(process.pid, 0)
-seconds = time.perf_counter() - start
-print(json.dumps([seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20, status]))
-"""
-"""A small process of its own starts the command: a child's peak begins at its parent's size."""
-
-
-def measure(command: list[str], cores: int) -> tuple[float, float, float]:
-    """(wall seconds, processor seconds, peak resident GiB) of one command on so many cores. Raises if it fails."""
-    small = [sys.executable, "-S", "-E", "-c", _MEASURE, str(cores), *command]
-    *taken, status = json.loads(subprocess.run(small, stdout=subprocess.PIPE, check=True).stdout)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed with status {status}")
-    return taken[0], taken[1], taken[2]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("llama", "mixtral"), default="mixtral")
@@ -159,8 +100,7 @@ def main() -> None:
     if not sys.stdout.isatty():
         print(json.dumps(result, indent=1))
     if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"dequantise-{options.model}-{options.gb:g}gb.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_result(f"dequantise-{options.model}-{options.gb:g}gb.json", result)
 
 
 def run(options: argparse.Namespace, work: Path) -> dict[str, object]:
@@ -172,15 +112,15 @@ def run(options: argparse.Namespace, work: Path) -> dict[str, object]:
     steps = {kind: [*program, str(work / kind), str(work / "out"), *more] for kind in read}
     steps["cp"] = ["sh", "-c", f"cp -r {work}/bf16 {work}/out && sync"]
     steps["dry run"] = [*steps["fp8"], "--dry-run", "--json"]
-    taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in steps}
+    taken: dict[str, list[Measured]] = {name: [] for name in steps}
     for attempt in range(options.runs + 1):
         for name, command in steps.items():
             os.sync()
-            measured = measure(command, options.cores)
+            measured = measure(command, cores=options.cores)
             shutil.rmtree(work / "out", ignore_errors=True)
             if attempt:  # the first round warms the cache
                 taken[name].append(measured)
-    median = {name: statistics.median(seconds for seconds, _, _ in values) for name, values in taken.items()}
+    median = {name: statistics.median(one.seconds for one in values) for name, values in taken.items()}
     share = median["bf16"] / median["fp8"]
     without_start = (median["bf16"] - median["dry run"]) / (median["fp8"] - median["dry run"])
     print(
@@ -190,8 +130,8 @@ def run(options: argparse.Namespace, work: Path) -> dict[str, object]:
     print(f"{'source':<8}{'median s':>9}{'min':>7}{'max':>7}{'cpu s':>7}{'GB/s out':>10}{'GB/s in':>9}{'peak GiB':>10}")
     rows: dict[str, object] = {}
     for name, values in taken.items():
-        walls, cpus = [wall for wall, _, _ in values], [cpu for _, cpu, _ in values]
-        peak = max(gib for _, _, gib in values)
+        walls, cpus = [one.seconds for one in values], [one.processor_seconds for one in values]
+        peak = max(one.peak_gib for one in values)
         rates = [0.0 if name == "dry run" else n / 1e9 / median[name] for n in (written, read.get(name, written))]
         print(
             f"{name:<8}{median[name]:>9.2f}{min(walls):>7.2f}{max(walls):>7.2f}{statistics.median(cpus):>7.2f}"
@@ -200,12 +140,9 @@ def run(options: argparse.Namespace, work: Path) -> dict[str, object]:
         rows[name] = {"seconds": walls, "cpu_seconds": cpus, "median_s": median[name], "peak_gib": peak}
     print(f"fp8 is written at {share:.0%} of the rate of bf16; without the start of both at {without_start:.0%}")
     return {
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "ckptbridge": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "command": " ".join(["python", "benchmarks/dequantise.py", *sys.argv[1:]]),
+        **versions(),
+        "machine": machine_in_words(),
+        "command": command_line("dequantise.py"),
         "model": family.architecture,
         "written_nbytes": written,
         "read_nbytes": read,

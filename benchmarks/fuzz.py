@@ -22,10 +22,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -177,23 +175,17 @@ def _write(
     table: dict[str, dict[str, int]],
     defects: list[dict[str, Any]],
 ) -> None:
-    import torch
-
-    from ckptbridge import __version__
+    from measuring import provenance, write_result  # it loads torch
 
     result = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": f"python benchmarks/fuzz.py --n {asked.n} --seed {asked.seed} --write",
-        "versions": {"ckptbridge": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": {"cores": os.cpu_count(), "system": platform.system(), "processor": platform.machine()},
+        **provenance(f"python benchmarks/fuzz.py --n {asked.n} --seed {asked.seed} --write"),
         "inputs": count,
         "seconds": round(seconds, 1),
         "outcomes": dict(outcomes),
         "by_format_and_kind": table,
         "defects": defects,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "fuzz.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result("fuzz.json", result)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,7 @@ may stand under the target's name. A conversion that was over before its kill is
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
-import json
-import os
-import platform
 import random
 import shutil
 import signal
@@ -29,14 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from conversion import write_random_model
+from measuring import RESULTS, provenance, write_random_model, write_result
 
-from ckptbridge import __version__
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.registry import family_named
 
-RESULTS = Path(__file__).parent / "results"
 MOST_KILLS_A_CONVERSION = 3
 LAYOUT = ("--tp", "2", "--pp", "2", "--ep", "2")
 ONE_LAYER_MB = 25.6
@@ -208,15 +201,11 @@ def _write(asked: argparse.Namespace, nbytes: int, cases: list[Case]) -> None:
         for case in cases
     ]
     result = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": f"python benchmarks/kills.py --conversions {asked.conversions} --mb {asked.mb} --write",
-        "versions": {"ckptbridge": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": {"cores": os.cpu_count(), "system": platform.system(), "processor": platform.machine()},
+        **provenance(f"python benchmarks/kills.py --conversions {asked.conversions} --mb {asked.mb} --write"),
         "model_nbytes": nbytes,
         "cases": told,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "kills.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result("kills.json", result)
 
 
 if __name__ == "__main__":

@@ -12,25 +12,19 @@ printed too: other work on the machine lengthens the wall time, and them less.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from math import prod
 from pathlib import Path
 
-import torch
+from measuring import RESULTS, command_line, machine_in_words, measure, versions, write_result
 
-from ckptbridge import __version__
 from ckptbridge.converters.fields import read_config
 from ckptbridge.converters.fp8_folder import without_quantisation
 from ckptbridge.converters.registry import family_named
 
-RESULTS = Path(__file__).parent / "results"
 SHARDS = 163
 UNEVEN = "--decoder-first-pipeline-num-layers 3 --decoder-last-pipeline-num-layers 2"
 LAYOUTS = ("--tp 1 --pp 1 --ep 1", f"--tp 8 --pp 16 --ep 8 {UNEVEN}", f"--tp 8 --pp 16 --ep 64 --etp 1 {UNEVEN}")
@@ -116,26 +110,6 @@ def write_announcement(folder: Path) -> tuple[int, int]:
     return parameters, len(sizes)
 
 
-_MEASURE = """
-import json, os, subprocess, sys, time
-start = time.perf_counter()
-process = subprocess.Popen(sys.argv[2:], stdout=open(sys.argv[1], "wb"), stderr=subprocess.DEVNULL)
-_, status, usage = os.wait4(process.pid, 0)
-seconds, processor = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
-print(json.dumps([seconds, processor, usage.ru_maxrss / 2**20, status]))
-"""
-"""A small process of its own starts the command: a child's peak begins at its parent's size."""
-
-
-def measure(command: list[str], output: Path) -> tuple[float, float, float]:
-    """(wall seconds, processor seconds, peak resident GiB) of one command, its output in a file. Raises if it fails."""
-    small = [sys.executable, "-S", "-E", "-c", _MEASURE, str(output), *command]
-    seconds, processor, peak, status = json.loads(subprocess.run(small, stdout=subprocess.PIPE, check=True).stdout)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed with status {status}")
-    return seconds, processor, peak
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3)
@@ -145,8 +119,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         result = run(options, Path(work))
     if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "plan-671b.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_result("plan-671b.json", result)
 
 
 def run(options: argparse.Namespace, work: Path) -> dict[str, object]:
@@ -161,27 +134,25 @@ def run(options: argparse.Namespace, work: Path) -> dict[str, object]:
         for flag in ("", "--json"):
             words = [*layout.split(), *([flag] if flag else [])]
             command = [sys.executable, "-m", "ckptbridge", "plan", "hf2mcore", str(source), str(work / "dst"), *words]
-            taken = [measure(command, work / "output") for _ in range(options.runs)]
-            seconds, processor, peaks = (list(column) for column in zip(*taken, strict=True))
+            taken = [measure(command, output=work / "output", is_quiet=True) for _ in range(options.runs)]
+            seconds, processor = [one.seconds for one in taken], [one.processor_seconds for one in taken]
+            peak = max(one.peak_gib for one in taken)
             printed = (work / "output").stat().st_size
             print(
                 f"{' '.join([*words[:6], flag]):<26}{statistics.median(seconds):>9.2f}{min(seconds):>7.2f}"
-                f"{max(seconds):>7.2f}{min(processor):>7.2f}{max(peaks):>10.2f}{printed / 1e6:>11.1f}"
+                f"{max(seconds):>7.2f}{min(processor):>7.2f}{peak:>10.2f}{printed / 1e6:>11.1f}"
             )
             rows[" ".join(words)] = {
                 "seconds": seconds,
                 "median_s": statistics.median(seconds),
                 "processor_s": processor,
-                "peak_gib": max(peaks),
+                "peak_gib": peak,
                 "output_nbytes": printed,
             }
     return {
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "ckptbridge": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "command": " ".join(["python", "benchmarks/plan.py", *sys.argv[1:]]),
+        **versions(),
+        "machine": machine_in_words(),
+        "command": command_line("plan.py"),
         "parameters": parameters,
         "tensors": tensors,
         "index_nbytes": index_nbytes,

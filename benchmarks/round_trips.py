@@ -13,10 +13,7 @@ tests/converters/layout_grid.py: a refusal that nobody expects is a failure, and
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import random
 import sys
 import tempfile
@@ -84,13 +81,10 @@ def main() -> None:
         print(f"FAILED {failure[:600]}")
     print(f"{seconds:.0f} s, {len(tally.failures)} failures")
     if asked.write:
-        from ckptbridge import __version__
+        from measuring import provenance, write_result  # it loads torch
 
         result = {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "command": f"python benchmarks/round_trips.py --n {asked.n} --pairs {asked.pairs} --write",
-            "versions": {"ckptbridge": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            "machine": {"cores": os.cpu_count(), "system": platform.system(), "processor": platform.machine()},
+            **provenance(f"python benchmarks/round_trips.py --n {asked.n} --pairs {asked.pairs} --write"),
             "models": list(TINY),
             "listed": listed,
             "possible": possible,
@@ -103,8 +97,7 @@ def main() -> None:
             "failures": tally.failures,
             "seconds": round(seconds, 1),
         }
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "round_trips.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_result("round_trips.json", result)
     sys.exit(bool(tally.failures))
 
 

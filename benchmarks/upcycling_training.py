@@ -28,17 +28,19 @@ from ckptbridge.trainer.loop import LOG_NAME, train
 from ckptbridge.trainer.recipe import Recipe
 
 _FINE = {"num_experts": 64, "topk": 8, "granularity": 8}
+_PUBLISHED = {"scaling": "paper", "to": "qwen2_moe"}
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "dense": None,
+    "E8G8T8 exact": _FINE,
+    "E8G8T8 cube root": _FINE | {"scaling": "paper"},
+    "E8G8T8 cube root, pre-softmax": _FINE | _PUBLISHED | {"router": "pre-softmax", "router_std": 0.02},
+    "E8G8T8 exact, sigmoid, groups": _FINE | {"router": "sigmoid", "router_groups": True},
+    "E8G1T2 exact": {"num_experts": 8, "topk": 2},
+    "E8G1T2 drop 0.5": {"num_experts": 8, "topk": 2, "method": "drop"},
     "E8G8T8 exact, router 0.02": _FINE | {"router_std": 0.02},
     "E8G8T8 exact, router 0.1": _FINE | {"router_std": 0.1},
-    "E8G8T8 exact, router 0.3": _FINE | {"router_std": 0.3},
-    "E8G8T8 cube root": _FINE | {"scaling": "paper", "router_std": 0.1},
-    "E8G8T8 cube root, pre-softmax": _FINE | {"scaling": "paper", "router": "pre-softmax", "to": "qwen2_moe"},
-    "E8G1T2 exact": {"num_experts": 8, "topk": 2, "router_std": 0.02},
-    "E8G1T2 drop 0.5": {"num_experts": 8, "topk": 2, "router_std": 0.02, "method": "drop"},
 }
-DRAWN = ("dense", "E8G8T8 exact, router 0.1", "E8G8T8 cube root", "E8G8T8 cube root, pre-softmax", "E8G1T2 exact")
+"""The published recipe is He et al.'s (arXiv 2410.07524): softmax over all experts, the cube root on each matrix."""
 
 
 def recipe_of(options: argparse.Namespace, spec: dict[str, Any] | None, folder: Path, seed: int) -> Recipe:
@@ -144,7 +146,8 @@ def draw(options: argparse.Namespace) -> None:
     result = json.loads(options.result.read_text())
     pyplot.rcParams["svg.hashsalt"] = "ckptbridge"
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
-    colours = dict(zip(options.variants or DRAWN, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+    drawn = options.variants or [*dict.fromkeys(curve["variant"] for curve in result["curves"])]
+    colours = dict(zip(drawn, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
     for curve in result["curves"]:
         if (colour := colours.get(curve["variant"])) is None:
             continue

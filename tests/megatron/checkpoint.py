@@ -11,6 +11,7 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.activations import squared_relu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
@@ -122,14 +123,14 @@ def _args(model: GPTModel, gpt: dict[str, Any]) -> Namespace:
         "position_embedding_type": "rope",
         "add_position_embedding": True,
         "rotary_base": gpt["rotary_base"],
-        "rotary_percent": 1.0,
+        "rotary_percent": gpt["rotary_percent"],
         "use_rope_scaling": gpt.get("rope_scaling", False),
         "rope_scaling_factor": gpt.get("rope_scaling_factor", 8.0),
         "rotary_seq_len_interpolation_factor": None,
         "untie_embeddings_and_output_weights": not gpt["share_embeddings_and_output_weights"],
         "group_query_attention": True,
-        "swiglu": True,
-        "squared_relu": False,
+        "swiglu": config.gated_linear_unit,
+        "squared_relu": config.activation_func is squared_relu,
         "num_experts": config.num_moe_experts,
         "world_size": dist.get_world_size(),
         "iteration": 7,

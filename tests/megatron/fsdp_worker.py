@@ -6,41 +6,27 @@ Some cases are saved through Megatron's wrapper of torch's own FSDP instead.
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
-from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-WORLD_SIZE = 4
+from job_ranks import process_group, start_ranks
+
 ITERATION = 7
 
 
 def main(job_file: Path) -> None:
     import_module("checkpoint")  # it imports torch and megatron, once for all ranks
-    from torch.multiprocessing import start_processes
-
-    job = json.loads(job_file.read_text())
-    start_processes(run_rank, args=(job,), nprocs=WORLD_SIZE, start_method="fork")
+    start_ranks(job_file, run_rank)
 
 
 def run_rank(rank: int, job: dict[str, Any]) -> None:
     """All cases of the job, on one rank. An exception ends the job for every rank."""
-    import torch
-    import torch.distributed as dist
-
-    from ckptbridge.trainer.megatron import on_cpu
-
-    torch.set_num_threads(1)
-    store = dist.FileStore(job["store"], WORLD_SIZE)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
-    on_cpu.patch()
-    with on_cpu.OnCpu(), _meshes_on_cpu():
+    with process_group(rank, job), _meshes_on_cpu():
         for case in job["cases"]:
             save_torch_dcp(case) if case["torch"] else save(case)
-    dist.destroy_process_group()
 
 
 def _meshes_on_cpu() -> Any:

@@ -136,11 +136,23 @@ def _read(case: dict[str, Any], error: str) -> Result:
 def _run(cases: list[dict[str, Any]], folder: Path, megatron: Path) -> str:
     """Run a job to its end or its first failing case; returns the end of what it printed."""
     folder.mkdir()
+    finished = run_worker("worker.py", cases, folder, megatron)
+    return f"exit status {finished.returncode}\n{finished.stdout[-2000:]}{finished.stderr[-8000:]}"
+
+
+def run_worker(
+    worker: str,
+    cases: Sequence[dict[str, Any]],
+    folder: Path,
+    megatron: Path = MEGATRON,
+    *,
+    timeout: float | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run cases in a program of this folder, to their end or the first that fails; its files are put into `folder`."""
     job = folder / "job.json"
     job.write_text(json.dumps({"cases": cases, "store": str(folder / "store")}))
-    command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(job)]
-    finished = subprocess.run(command, env=environment(megatron), capture_output=True, text=True)
-    return f"exit status {finished.returncode}\n{finished.stdout[-2000:]}{finished.stderr[-8000:]}"
+    command = [sys.executable, str(Path(__file__).with_name(worker)), str(job)]
+    return subprocess.run(command, env=environment(megatron), capture_output=True, text=True, timeout=timeout)
 
 
 def environment(megatron: Path = MEGATRON) -> dict[str, str]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ckptbridge.converters.parallel_layout import ParallelLayout
-from tests.fetch_megatron import FOLDER as MEGATRON
-from tests.megatron.launch import check_fetched
+from tests.megatron.launch import check_fetched, run_worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +66,7 @@ class LegacyResult:
     A save tells the `logits` [batch, length, padded vocabulary] of what it saved.
     """
 
+    seconds: float = 0.0
     max_abs_diff: float | None = None
     in_order: bool = False
     logits: Tensor | None = None
@@ -99,17 +96,7 @@ def launch_legacy(cases: Sequence[LegacyCase], folder: Path) -> list[LegacyResul
         )
     # Making the process groups of a layout takes a second, so cases that share one follow each other.
     ordered = sorted(jobs, key=lambda job: json.dumps(job["layout"]))
-    job = folder / "job.json"
-    job.write_text(json.dumps({"cases": ordered, "store": str(folder / "store")}))
-    environment = os.environ | {
-        "PYTHONPATH": str(MEGATRON),
-        "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    command = [sys.executable, str(Path(__file__).with_name("legacy_worker.py")), str(job)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=800)
+    done = run_worker("legacy_worker.py", ordered, folder, timeout=800)
     if done.returncode:
         raise RuntimeError(f"exit status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-8000:]}")
     results: list[LegacyResult] = []

@@ -6,16 +6,15 @@ chunks are those of an interleaved schedule, each rank's built with its `vp_stag
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import typing
-from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-WORLD_SIZE = 4
+from job_ranks import Case, process_group, run_cases, start_ranks
+
 _layout: dict[str, Any] | None = None
 
 
@@ -24,32 +23,24 @@ def main(job_file: Path) -> None:
         typing.override = lambda function: function  # type: ignore[attr-defined]
     import_module("megatron.training.checkpointing")
     import_module("checkpoint")
-    from torch.multiprocessing import start_processes
-
-    start_processes(
-        run_rank, args=(json.loads(job_file.read_text()),), nprocs=WORLD_SIZE, start_method="fork", join=True
-    )
+    start_ranks(job_file, run_rank)
 
 
 def run_rank(rank: int, job: dict[str, Any]) -> None:
-    """All cases of the job, on one rank. An exception ends the job for every rank."""
+    """All cases of the job, on one rank."""
     import torch
-    import torch.distributed as dist
 
-    from ckptbridge.trainer.megatron import on_cpu
-
-    torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    store = dist.FileStore(job["store"], WORLD_SIZE)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
-    on_cpu.patch()
-    with on_cpu.OnCpu():
-        for case in job["cases"]:
-            chunks = build(case["config"], **case["layout"])
-            result = {"load": load, "save": save}[case["verb"]](chunks, case, torch.tensor(case["token_ids"]))
-            if rank == 0:
-                Path(case["out"]).write_text(json.dumps(result))
-    dist.destroy_process_group()
+    with process_group(rank, job):
+        run_cases(rank, job, run_case)
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """One load or save, on this rank; every rank returns the same result."""
+    import torch
+
+    chunks = build(case["config"], **case["layout"])
+    return {"load": load, "save": save}[case["verb"]](chunks, case, torch.tensor(case["token_ids"]))
 
 
 def build(config: dict[str, dict[str, Any]], **layout: Any) -> list[Any]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,8 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tests.fetch_megatron import FOLDER as MEGATRON
-from tests.megatron.launch import Layout, check_fetched
+from tests.megatron.launch import Layout, check_fetched, run_worker
 
 Snapshot = Mapping[str, Mapping[str, Tensor]]
 """State ("" is the weight, else param, exp_avg, exp_avg_sq) -> megatron-core's key -> the whole tensor."""
@@ -105,16 +101,6 @@ def _read(case: dict[str, Any]) -> Trained:
 
 
 def _run(cases: list[dict[str, Any]], folder: Path) -> None:
-    job = folder / "job.json"
-    job.write_text(json.dumps({"cases": cases, "store": str(folder / "store")}))
-    environment = os.environ | {
-        "PYTHONPATH": str(MEGATRON),
-        "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    command = [sys.executable, str(Path(__file__).with_name("training_worker.py")), str(job)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    finished = run_worker("training_worker.py", cases, folder)
     if finished.returncode:
         raise RuntimeError(f"exit status {finished.returncode}\n{finished.stderr[-6000:]}")

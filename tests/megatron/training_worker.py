@@ -5,29 +5,22 @@ Like worker.py, whose ranks only compute; here gradients are on.
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-WORLD_SIZE = 4
+from job_ranks import Case, process_group, run_cases, start_ranks
 
 
 def main(job_file: Path) -> None:
     import_module("training")  # it imports torch and megatron
-    from torch.multiprocessing import start_processes
-
-    job = json.loads(job_file.read_text())
-    start_processes(run_rank, args=(job,), nprocs=WORLD_SIZE, start_method="fork")
+    start_ranks(job_file, run_rank)
 
 
 def run_rank(rank: int, job: dict[str, Any]) -> None:
-    """All cases of the job, on one rank. An exception ends the job for every rank."""
+    """All cases of the job, on one rank."""
     import torch
-    import torch.distributed as dist
     import training
     import virtual_pipeline
 
@@ -42,20 +35,13 @@ def run_rank(rank: int, job: dict[str, Any]) -> None:
                 return found.replace("torch.", "torch.cuda.")
             return found
 
-    torch.set_num_threads(1)
-    store = dist.FileStore(job["store"], WORLD_SIZE)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
-    on_cpu.patch()
+    def run_case(case: Case) -> dict[str, Any]:
+        verbs = {"train": training.train, "resume": training.resume, "hold": virtual_pipeline.hold}
+        return verbs[case["verb"]](case)
+
     training.forgive_step()
-    with Trainable():
-        for case in job["cases"]:
-            start = time.monotonic()
-            verbs = {"train": training.train, "resume": training.resume, "hold": virtual_pipeline.hold}
-            result = verbs[case["verb"]](case)
-            if rank == 0:
-                result["seconds"] = time.monotonic() - start
-                Path(case["out"]).write_text(json.dumps(result))
-    dist.destroy_process_group()
+    with process_group(rank, job, mode=Trainable):
+        run_cases(rank, job, run_case)
 
 
 if __name__ == "__main__":  # megatron's writer starts a process that imports this file
