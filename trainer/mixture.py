@@ -64,9 +64,8 @@ class Experts(nn.Module):
         )
 
     def forward(self, x_RH: Tensor, rows_E: Tensor) -> Tensor:
-        rows = rows_E.tolist()
-        hidden_RF = activated(self.experts["linear_fc1"](x_RH, rows), self.config, self.backend)
-        return self.experts["linear_fc2"](hidden_RF, rows)
+        hidden_RF = activated(self.experts["linear_fc1"](x_RH, rows_E), self.config, self.backend)
+        return self.experts["linear_fc2"](hidden_RF, rows_E)
 
 
 class Stacked(nn.Module):
@@ -77,12 +76,12 @@ class Stacked(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
         self.register_parameter("bias", nn.Parameter(torch.empty(experts, outputs)) if bias else None)
 
-    def forward(self, x_RI: Tensor, rows_E: list[int]) -> Tensor:
+    def forward(self, x_RI: Tensor, rows_E: Tensor) -> Tensor:
         """The first rows_E[0] rows through expert 0's matrix, the next rows_E[1] through expert 1's: [R, outputs]."""
         out_RO = grouped_linear(x_RI, self.weight, rows_E)
         if self.bias is None:
             return out_RO
-        return out_RO + self.bias.repeat_interleave(torch.tensor(rows_E, device=self.bias.device), dim=0)
+        return out_RO + self.bias.repeat_interleave(rows_E, dim=0)
 
 
 class SharedExperts(nn.Module):

@@ -10,6 +10,7 @@ import torch
 
 from ckptbridge.converters.model import decoder_tensors, open_model
 from ckptbridge.trainer.decoder import Decoder
+from ckptbridge.trainer.grouped_linear import grouped_linear
 from ckptbridge.trainer.loading import empty_decoder, load_weights
 from ckptbridge.trainer.log import read_log
 from ckptbridge.trainer.loop import train
@@ -47,6 +48,36 @@ def test_fp32_loss_and_gradients_equal_the_cpu(name: str, backend: str, tiny_fol
     assert results[0].expert_load == results[1].expert_load
     for (key, a), b in zip(cpu.named_parameters(), gpu.parameters(), strict=True):
         assert (a.grad - b.grad.cpu()).abs().max() <= 1e-4 * a.grad.abs().max(), key
+
+
+GROUPS = {
+    "even": [64] * 8,
+    "ragged": [1, 200, 7, 0, 63, 130, 0, 111],
+    "one takes all": [0, 0, 512, 0, 0, 0, 0, 0],
+    "the first and the last are empty": [0, 100, 3, 9, 200, 100, 100, 0],
+}
+
+
+@pytest.mark.parametrize("rows", GROUPS.values(), ids=GROUPS.keys())
+def test_one_launch_is_a_product_an_expert(rows: list[int]) -> None:
+    """In bf16 against fp64: the output's rounding, 2**-8, and that of sums of some hundred products."""
+    inputs, outputs = 96, 40
+    generator = torch.Generator("cuda").manual_seed(1)
+    x, weight, grad = (
+        torch.randn(shape, generator=generator, device="cuda").bfloat16()
+        for shape in ((sum(rows), inputs), (len(rows), outputs, inputs), (sum(rows), outputs))
+    )
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    poison = [torch.full((1 << 22,), float("nan"), device="cuda") for _ in range(4)]
+    del poison  # what nobody writes shows
+    counts = torch.tensor(rows, device="cuda")
+    made = [*torch.autograd.grad(out := grouped_linear(x, weight, counts), (x, weight), grad), out]
+    wide_x, wide_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    parts = [part @ matrix.T for part, matrix in zip(wide_x.split(rows), wide_weight, strict=True)]
+    expected = [*torch.autograd.grad(torch.cat(parts), (wide_x, wide_weight), grad.double()), torch.cat(parts)]
+    for one, other in zip(made, expected, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert torch.linalg.vector_norm(one.double() - other) <= 2**-8 * torch.linalg.vector_norm(other)
 
 
 def test_a_bf16_run_learns_and_resumes(tmp_path: Path) -> None:
