@@ -17,11 +17,19 @@ def main() -> None:
     # another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
-    atexit.register(gc.freeze)  # else the last collection walks through all of torch: another 0.2 s
+    atexit.register(_end)
     from ckptbridge.cli import app
 
     sys.argv[1:] = [_with_dashes(word) for word in sys.argv[1:]]
     app(prog_name="ckptbridge")
+
+
+def _end() -> None:
+    """Spare the last collection the walk through all of torch, which takes 0.2 s.
+
+    Triton's bindings, where they are loaded, complain of every object that is not collected.
+    """
+    gc.unfreeze() if "triton" in sys.modules else gc.freeze()
 
 
 def _with_dashes(word: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from ckptbridge.converters.collection import no_collection
 from ckptbridge.converters.copying import sum_nbytes, work_nbytes
 from ckptbridge.converters.direct import DIRECT_NBYTES
 from ckptbridge.converters.disk import PARTIAL_SUFFIX
-from ckptbridge.converters.errors import BadInputError
+from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.fp8_quantise import quantisation_config, quantisation_note, quantised
 from ckptbridge.converters.hf_folder import INDEX, SINGLE
 from ckptbridge.converters.mapping import check_names_and_shapes, unpacked
@@ -91,6 +91,8 @@ class ConversionPlan:
     small: tuple[tuple[str, bytes], ...]
     copies: tuple[tuple[Path, str], ...]
     notes: tuple[str, ...]
+    reports: tuple[tuple[str, Callable[[], bytes]], ...] = ()
+    """Small files that are made when every tensor is written; another run may find other figures."""
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +139,7 @@ class ConversionPlan:
                 for file in self.files
                 for piece in file.pieces
             ],
-            "other_files": [name for name, _ in self.small] + [name for _, name in self.copies],
+            "other_files": [name for name, _ in (*self.small, *self.reports)] + [name for _, name in self.copies],
             "notes": list(self.notes),
             "routes": {move.name: list(move.hf) for move in self.source.family.moves(self.source.config)},
         }
@@ -192,6 +194,11 @@ def cast_all(tensors: Checkpoint, dtype: torch.dtype | None) -> Checkpoint:
 
 
 def _plan_hf(source: Model, target: Path, tensors: Checkpoint, options: ConvertOptions) -> ConversionPlan:
+    if source.family.no_hf_class:
+        raise NotSupportedError(
+            f"{source.path}: {source.family.architecture} has no Hugging Face class: {source.family.no_hf_class}. "
+            "It can be written for Megatron (upcycle --to mcore), and reshard and verify take it there"
+        )
     hf = unpacked(source.family, source.config, tensors)
     quantisation: dict[str, Any] = {}
     notes = source.notes

@@ -23,8 +23,9 @@ from ckptbridge.converters.disk import disk_message
 from ckptbridge.converters.drafts import Draft, Stream, in_source_order
 from ckptbridge.converters.finishing import Finisher
 from ckptbridge.converters.output import OutputFile
+from ckptbridge.converters.reading import read_exactly, watched
 from ckptbridge.converters.tasks import Task, tasks_of
-from ckptbridge.converters.tensors import Extent, LazyTensor, RowMap, read_exactly, watched
+from ckptbridge.converters.tensors import Extent, LazyTensor, RowMap
 from ckptbridge.converters.witness import Witness
 
 Progress = Callable[[int, int], None]

@@ -59,7 +59,8 @@ def _execute(plan: ConversionPlan, partial: Path, fellows: Fellows, progress: Pr
     journal = Journal(journal_file(plan.target, me.rank))
     if me.rank == 0:
         fellows.gather()
-        check_replicas(plan.source.saved, plan.source.family, plan.source.config)
+        for model in plan.source.opened:
+            check_replicas(model.saved, model.family, model.config)
         record = _prepare(plan, partial, fingerprint, journal)
         if plan.source.remote is not None:
             plan.source.remote.progress.prepare(fingerprint, [f.name for f in plan.files if _is_whole(partial, f)])
@@ -104,6 +105,8 @@ def _finish(plan: ConversionPlan, partial: Path, journal: Journal) -> Receipt:
     for name, data in plan.small:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(partial / name, data)
+    for name, made in plan.reports:
+        write_file(partial / name, made())
     write_file(plan.options.receipt or partial / RECEIPT_NAME, receipt.to_json().encode())
     for folder in (*{(partial / file.name).parent for file in plan.files}, partial):
         sync_folder(folder)
@@ -180,14 +183,15 @@ def _told(plan: ConversionPlan, fingerprint: str | None = None) -> Record:
 
 
 def _check_target(plan: ConversionPlan) -> None:
-    target, source = plan.target, plan.source.path.resolve()
+    target = plan.target
     if not target.exists():
         return
     if not plan.options.overwrite:
         raise BadInputError(f"{target}: already exists; name another folder, or replace it with --overwrite")
     if not target.is_dir() or not _is_checkpoint(target):
         raise BadInputError(f"{target}: is no checkpoint, so --overwrite does not replace it; name another folder")
-    if target.resolve() == source or target.resolve() in source.parents:
+    sources = [model.path.resolve() for model in plan.source.opened]
+    if any(target.resolve() in (source, *source.parents) for source in sources):
         raise BadInputError(f"{target}: is the source itself, which --overwrite would destroy; name another folder")
 
 
@@ -258,7 +262,7 @@ def _write_files(
 
         Streaming(shards=remote, copier=copier(), journal=journal, done=note).write(files)
         return
-    is_direct = is_worth_it(partial, sum_nbytes(files)) if options.direct_io is None else options.direct_io
+    is_direct = is_worth_it(partial, plan.nbytes) if options.direct_io is None else options.direct_io
     writer = DirectWriter(options.direct_nbytes) if is_direct else nullcontext()
     with writer as direct, Finisher(disk_message) as finisher:
         copying = copier(direct)
@@ -304,7 +308,7 @@ def plan_fingerprint(plan: ConversionPlan) -> str:
     for path, name in plan.copies:
         text.update(name.encode() + path.read_bytes())
     ours = str(partial_folder(plan.target))  # and what lies beside it: journals, the ranks' own files
-    for path in sorted(p for p in plan.source.path.rglob("*") if p.is_file()):
+    for path in sorted(p for model in plan.source.opened for p in model.path.rglob("*") if p.is_file()):
         if plan.target not in (path, *path.parents) and not str(path).startswith(ours):
             stat = path.stat()
             text.update(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}".encode())

@@ -68,6 +68,13 @@ class Model:
     """Hugging Face tensors that are no part of the language model, by their names there."""
     derivation: str = ""
     """What was done to the checkpoint at `path`, if it was not taken as it is: two runs with one text do the same."""
+    made_of: tuple[Model, ...] = ()
+    """The opened checkpoints that this one is a view over, if it is one; the first lies at `path`."""
+
+    @property
+    def opened(self) -> tuple[Model, ...]:
+        """The checkpoints whose files are read."""
+        return self.made_of or (self,)
 
 
 def open_model(

@@ -7,12 +7,9 @@ tensor is still a list of byte ranges of the source files; casting and scaling g
 
 from __future__ import annotations
 
-import os
-import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -22,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckptbridge.converters.errors import BadInputError, StorageError
+from ckptbridge.converters.errors import BadInputError
+from ckptbridge.converters.reading import read_exactly, read_strided
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +42,10 @@ class LazyTensor(ABC):
     def read_rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) as a contiguous CPU tensor of shape (stop - start, *shape[1:])."""
 
+    def read_block(self, start: int, stop: int, first: int, last: int) -> Tensor:
+        """Columns [first, last) of rows [start, stop); whoever can reads no other bytes."""
+        return self.read_rows(start, stop)[:, first:last]
+
     def extents(self) -> Sequence[Extent] | None:
         """Where the bytes lie, in order, when the tensor is nothing but a sequence of stored bytes."""
         return None
@@ -58,12 +60,12 @@ class LazyTensor(ABC):
 
     def cast(self, dtype: torch.dtype) -> LazyTensor:
         """The tensor in another dtype; see the function `cast`."""
-        return RowMap(self, self.shape, dtype, lambda rows: rows.to(dtype), prod(self.shape[1:]) * dtype.itemsize)
+        extra = prod(self.shape[1:]) * dtype.itemsize
+        return RowMap(self, self.shape, dtype, lambda rows: rows.to(dtype), extra, is_elementwise=True)
 
     def columns(self, start: int, stop: int) -> LazyTensor:
         """Some columns of a tensor; see the function `columns`."""
-        shape = (self.shape[0], stop - start, *self.shape[2:])
-        return RowMap(self, shape, self.dtype, lambda rows: rows[:, start:stop], prod(shape[1:]) * self.dtype.itemsize)
+        return Columns(self, start, stop)
 
     @property
     def nbytes(self) -> int:
@@ -96,6 +98,13 @@ class Stored(LazyTensor):
         buffer = torch.empty(shape, dtype=self.dtype)
         if buffer.numel():
             read_exactly(self.path, self.offset + start * self.row_nbytes, _bytes_of(buffer))
+        return buffer
+
+    def read_block(self, start: int, stop: int, first: int, last: int) -> Tensor:
+        buffer = torch.empty((stop - start, last - first, *self.shape[2:]), dtype=self.dtype)
+        if buffer.numel():
+            at = self.offset + start * self.row_nbytes + first * (self.row_nbytes // self.shape[1])
+            read_strided(self.path, at, self.row_nbytes, stop - start, _bytes_of(buffer))
         return buffer
 
     def extents(self) -> Sequence[Extent]:
@@ -137,6 +146,7 @@ class RowMap(LazyTensor):
     """Each row is a function of one other tensor's same row: its columns, the row cast or scaled.
 
     Several of one base are made in one pass over it. `extra_nbytes` is the memory a row takes beside the base's.
+    Of an elementwise function some columns can be had without the others.
     """
 
     def __init__(
@@ -146,9 +156,11 @@ class RowMap(LazyTensor):
         dtype: torch.dtype,
         function: Callable[[Tensor], Tensor],
         extra_nbytes: int,
+        *,
+        is_elementwise: bool = False,
     ) -> None:
         self.base, self.shape, self.dtype, self.function = base, shape, dtype, function
-        self.extra_nbytes = extra_nbytes
+        self.extra_nbytes, self.is_elementwise = extra_nbytes, is_elementwise
 
     def bases(self) -> Sequence[LazyTensor]:
         return (self.base,)
@@ -156,9 +168,30 @@ class RowMap(LazyTensor):
     def read_rows(self, start: int, stop: int) -> Tensor:
         return self.function(self.base.read_rows(start, stop)).contiguous()
 
+    def read_block(self, start: int, stop: int, first: int, last: int) -> Tensor:
+        if not self.is_elementwise:
+            return super().read_block(start, stop, first, last)
+        return self.function(self.base.read_block(start, stop, first, last))
+
     @property
     def work_row_nbytes(self) -> int:
         return self.base.work_row_nbytes + self.extra_nbytes
+
+
+class Columns(RowMap):
+    """Columns [first, last) of another tensor. Made by `columns`."""
+
+    def __init__(self, base: LazyTensor, first: int, last: int) -> None:
+        shape = (base.shape[0], last - first, *base.shape[2:])
+        nbytes = prod(shape[1:]) * base.dtype.itemsize
+        super().__init__(base, shape, base.dtype, lambda rows: rows[:, first:last], nbytes)
+        self.first = first
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.read_block(start, stop, 0, self.shape[1]).contiguous()
+
+    def read_block(self, start: int, stop: int, first: int, last: int) -> Tensor:
+        return self.base.read_block(start, stop, self.first + first, self.first + last)
 
 
 class Beside(LazyTensor):
@@ -232,6 +265,10 @@ class Rows(LazyTensor):
         if not parts:
             return torch.empty(0, *self.shape[1:], dtype=self.dtype)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def read_block(self, start: int, stop: int, first: int, last: int) -> Tensor:
+        parts = [base.read_block(low, high, first, last) for base, low, high in self.cut(start, stop)]
+        return torch.cat(parts) if parts else torch.empty(0, last - first, *self.shape[2:], dtype=self.dtype)
 
     def cast(self, dtype: torch.dtype) -> LazyTensor:
         made = {id(base): cast(base, dtype) for base, _, _ in self.pieces}
@@ -348,46 +385,9 @@ def scaled(tensor: LazyTensor, factor: float) -> LazyTensor:
     if factor == 1.0:
         return tensor
     dtype, extra = tensor.dtype, 2 * prod(tensor.shape[1:]) * 4 + tensor.row_nbytes
-    return RowMap(tensor, tensor.shape, dtype, lambda rows: (rows.float() * factor).to(dtype), extra)
-
-
-See = Callable[[Path, int, memoryview], None]
-"""Called with (file, offset, the bytes that were read there)."""
-_watch = threading.local()
-
-
-@contextmanager
-def watched(see: See | None) -> Generator[None]:
-    """Within it, `see` is told of everything that this thread reads: a digest of the source needs no second pass."""
-    before = getattr(_watch, "see", None)
-    _watch.see = see
-    try:
-        yield
-    finally:
-        _watch.see = before
-
-
-def read_exactly(path: Path, offset: int, buffer: memoryview) -> None:
-    """Fill `buffer` from a file. Raises BadInputError if the file ends first, StorageError if it cannot be read."""
-    view = buffer.cast("B")
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            done = 0
-            while done < len(view):
-                count = os.preadv(descriptor, [view[done:]], offset + done)
-                if count == 0:
-                    raise BadInputError(
-                        f"{path}: the file ends at byte {offset + done}, but bytes {offset} to "
-                        f"{offset + len(view)} are needed: it is truncated; copy or download it again"
-                    )
-                done += count
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
-    if see := getattr(_watch, "see", None):
-        see(path, offset, view)
+    return RowMap(
+        tensor, tensor.shape, dtype, lambda rows: (rows.float() * factor).to(dtype), extra, is_elementwise=True
+    )
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -27,7 +27,8 @@ import torch
 from ckptbridge.converters.errors import BadInputError, NotSupportedError, StorageError, told
 from ckptbridge.converters.output import Patch
 from ckptbridge.converters.pickles import StorageRef, TensorRef, read_pickle
-from ckptbridge.converters.tensors import Stored, read_exactly
+from ckptbridge.converters.reading import read_exactly
+from ckptbridge.converters.tensors import Stored
 
 _LOCAL, _CENTRAL, _END, _END64, _LOCATOR64 = 0x04034B50, 0x02014B50, 0x06054B50, 0x06064B50, 0x07064B50
 _ALIGNMENT = 64

@@ -20,7 +20,8 @@ import xxhash
 from ckptbridge.converters.blocks import digest_of
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.finite import NotFinite, not_finite
-from ckptbridge.converters.tensors import Checkpoint, Extent, read_exactly, watched
+from ckptbridge.converters.reading import read_exactly, watched
+from ckptbridge.converters.tensors import Checkpoint, Extent
 
 _BLOCK_NBYTES = 1 << 20
 

@@ -70,12 +70,12 @@ class Comparison:
         if a_TH is None or a_TH.shape != b_TH.shape:
             self.stages[stage] = math.inf
             return
-        self.stages[stage] = _relative_difference(a_TH, b_TH).mean().item()
+        self.stages[stage] = relative_difference(a_TH, b_TH).mean().item()
 
     def logits(self, start: int, b_TV: Tensor) -> None:
         a_TV = self.a.chunks[start]
         before = self.stages.get("output_layer", 0.0)
-        self.stages["output_layer"] = before + _relative_difference(a_TV, b_TV).sum().item() / len(self.ids_T)
+        self.stages["output_layer"] = before + relative_difference(a_TV, b_TV).sum().item() / len(self.ids_T)
         self.difference = _largest(self.difference, (a_TV - b_TV).abs())
         self.largest = _largest(self.largest, a_TV.abs())
         self.agreeing += int((a_TV.argmax(1) == b_TV.argmax(1)).sum())
@@ -104,6 +104,6 @@ def _largest(a: float, b: Tensor) -> float:
     return torch.maximum(torch.tensor(a), b.max()).item()
 
 
-def _relative_difference(a: Tensor, b: Tensor) -> Tensor:
+def relative_difference(a: Tensor, b: Tensor) -> Tensor:
     """|a - b| / |a| of each row."""
     return (a - b).norm(dim=1) / a.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)

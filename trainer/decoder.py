@@ -85,15 +85,18 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., H] that `forward` returned."""
-        config = self.config
-        logits = F.linear(
-            hidden, self.output_weight_VH, self.output_layer.bias if config.add_output_layer_bias else None
-        )
-        if config.logits_divisor != 1:
-            logits = logits / config.logits_divisor
-        if config.final_logit_softcapping is not None:
-            logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
-        return logits
+        bias_V = self.output_layer.bias if self.config.add_output_layer_bias else None
+        return logits_of(hidden, self.output_weight_VH, bias_V, self.config)
+
+
+def logits_of(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None, config: ModelConfig) -> Tensor:
+    """Logits [..., V] of normed hidden states [..., H], by the output matrix or some of its rows."""
+    logits = F.linear(hidden, weight_VH, bias_V)
+    if config.logits_divisor != 1:
+        logits = logits / config.logits_divisor
+    if config.final_logit_softcapping is not None:
+        logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+    return logits
 
 
 class Embedding(nn.Module):
@@ -105,8 +108,12 @@ class Embedding(nn.Module):
         self.word_embeddings = WordEmbeddings(config.vocab_size, config.hidden_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.word_embeddings(tokens)
-        return x if self.multiplier == 1 else x * torch.tensor(self.multiplier, dtype=x.dtype)
+        return multiplied(self.word_embeddings(tokens), self.multiplier)
+
+
+def multiplied(rows: Tensor, multiplier: float) -> Tensor:
+    """Rows of the embedding times a multiplier that is rounded to their dtype."""
+    return rows if multiplier == 1 else rows * torch.tensor(multiplier, dtype=rows.dtype)
 
 
 class WordEmbeddings(nn.Module):
@@ -148,15 +155,25 @@ class Layer(nn.Module):
             self.mlp = Mlp(config, backend)
 
     def forward(self, x_BSH: Tensor, where: Positions) -> tuple[Tensor, Balance | None]:
-        normed_BSH = self.input_layernorm(x_BSH) if isinstance(self.self_attention, LatentAttention) else x_BSH
-        x_BSH = self._added(x_BSH, self.self_attention(normed_BSH, where))
-        if isinstance(self.mlp, Mlp):
-            return self._added(x_BSH, self.mlp(x_BSH)), None
-        out_TH, balance = self.mlp(self.pre_mlp_layernorm(x_BSH).flatten(0, 1))
-        return self._added(x_BSH, out_TH.view_as(x_BSH)), balance
+        x_BSH = self.attended(x_BSH, where)
+        out_BSH, balance = self.fed(x_BSH)
+        return self.added(x_BSH, out_BSH), balance
 
-    def _added(self, x_BSH: Tensor, out_BSH: Tensor) -> Tensor:
-        return x_BSH + (out_BSH if self.multiplier == 1 else out_BSH * self.multiplier)
+    def attended(self, x_BSH: Tensor, where: Positions) -> Tensor:
+        """The residual stream behind attention."""
+        normed_BSH = self.input_layernorm(x_BSH) if isinstance(self.self_attention, LatentAttention) else x_BSH
+        return self.added(x_BSH, self.self_attention(normed_BSH, where))
+
+    def fed(self, x: Tensor) -> tuple[Tensor, Balance | None]:
+        """What the MLP or the mixture makes of the residual stream [..., H] behind attention."""
+        if isinstance(self.mlp, Mlp):
+            return self.mlp(x), None
+        out_TH, balance = self.mlp(self.pre_mlp_layernorm(x).flatten(0, -2))
+        return out_TH.view_as(x), balance
+
+    def added(self, x: Tensor, out: Tensor) -> Tensor:
+        """The residual stream and what is added to it."""
+        return x + (out if self.multiplier == 1 else out * self.multiplier)
 
 
 class Mlp(nn.Module):

@@ -45,13 +45,21 @@ def load_tensors(targets: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
     copied, listing every missing, unexpected and misshapen name (layers folded), if the checkpoint is not this
     model's. At most 64 MiB are read at a time.
     """
-    _check(targets, checkpoint)
+    check_names_and_shapes(targets, checkpoint)
     with torch.no_grad():
         for name, target in targets.items():
             _copy(checkpoint[name], target)
 
 
-def _check(targets: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+def read_as(tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
+    """The whole tensor in a dtype; at most 64 MiB of it are in memory in its own as well."""
+    made = torch.empty(tensor.shape, dtype=dtype)
+    _copy(tensor, made)
+    return made
+
+
+def check_names_and_shapes(targets: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Raises BadInputError listing every missing, unexpected and misshapen name (layers folded)."""
     problems = [f"missing: {name}" for name in folded(n for n in targets if n not in checkpoint)]
     problems += [f"unexpected: {name}" for name in folded(n for n in checkpoint if n not in targets)]
     wrong: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
@@ -71,7 +79,7 @@ def _check(targets: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
 
 
 def _copy(source: LazyTensor, target: Tensor) -> None:
-    step = max(1, _READ_BYTES // max(1, source.row_nbytes))
+    step = max(1, _READ_BYTES // max(1, source.row_nbytes, source.work_row_nbytes))
     for start in range(0, target.shape[0], step):
         stop = min(start + step, target.shape[0])
         target[start:stop].copy_(source.read_rows(start, stop))

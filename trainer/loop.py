@@ -30,6 +30,8 @@ from ckptbridge.trainer.step import accumulate_gradients, evaluate
 from ckptbridge.trainer.tokens import Tokens, load_tokenizer, tokenize
 
 LOG_NAME = "train.jsonl"
+DISTILLED = "distilled"
+"""Where the layers lie that `model.upcycle.distill` trained."""
 OnStep = Callable[[dict[str, Any]], None]
 """Called with each record as it is logged; record 0 holds the held-out loss before training."""
 
@@ -67,7 +69,7 @@ def _train(recipe: Recipe, on_step: OnStep | None) -> TrainResult:
     run = recipe.run_folder
     run.mkdir(parents=True, exist_ok=True)
     with machine_of(recipe) as machine:
-        source = open_source(recipe.model)
+        source = open_source(recipe.model, run / DISTILLED)
         refuse_beyond(source.config, TRAINED, "training")
         save_recipe(recipe, run / "recipe.yaml")
         tokens = _tokens(recipe, source)

@@ -57,9 +57,17 @@ class NormLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.layer_norm_weight is not None:
-            x = norm(x, self.layer_norm_weight, self.layer_norm_bias, self.config, self.backend)
-        return F.linear(x, self.weight, self.bias)
+        return self.product(self.normed(x))
+
+    def product(self, normed: Tensor) -> Tensor:
+        """The linear layer alone."""
+        return F.linear(normed, self.weight, self.bias)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What the linear layer sees."""
+        if self.layer_norm_weight is None:
+            return x
+        return norm(x, self.layer_norm_weight, self.layer_norm_bias, self.config, self.backend)
 
 
 class LinearNorm(nn.Linear):
@@ -70,8 +78,12 @@ class LinearNorm(nn.Linear):
         self.post_layernorm = Norm(outputs, config, backend) if config.post_layernorm else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
+        out = self.product(x)
         return out if self.post_layernorm is None else self.post_layernorm(out)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The linear layer alone."""
+        return F.linear(x, self.weight, self.bias)
 
 
 def _has_bias(config: ModelConfig) -> bool:

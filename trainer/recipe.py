@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-AnyPath = Annotated[Path, Field(strict=False)]
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, and no value is guessed from another type."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+from ckptbridge.trainer.section import AnyPath, Count, PositiveFloat, PositiveInt, Section, Share
+from ckptbridge.trainer.upcycle_recipe import UpcycleSection
 
 
 class ModelSection(Section):
@@ -31,6 +19,17 @@ class ModelSection(Section):
     """The branch, tag or commit of a Hub id."""
     hf_config: AnyPath | None = None
     """A config.json for a Megatron-Core checkpoint that does not say enough about itself."""
+    upcycle: UpcycleSection | None = None
+    """Make a mixture of experts of the model while it is loaded; nothing of it is written before a checkpoint is."""
+
+    @model_validator(mode="after")
+    def _no_report(self) -> Self:
+        if self.upcycle is not None and (self.upcycle.probe is not None or not self.upcycle.report):
+            raise ValueError(
+                "upcycle.probe and upcycle.report belong to `ckptbridge upcycle`: a run logs the held-out loss before "
+                "its first step"
+            )
+        return self
 
 
 class DataSection(Section):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,6 +15,8 @@ from pydantic import BaseModel, ValidationError
 from ckptbridge.converters.disk import write_file
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.trainer.recipe import Recipe
+
+S = TypeVar("S", bound=BaseModel)
 
 
 class _Yaml(yaml.SafeLoader):
@@ -31,6 +33,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises BadInputError naming every wrong key and value at once, with the nearest key that exists.
     """
+    return parse_recipe(with_overrides(read_values(path), overrides), where=str(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, not checked. Raises BadInputError if it is none."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Yaml)
     except FileNotFoundError as error:
@@ -41,15 +48,20 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise BadInputError(f"{path}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise BadInputError(f"{path}: expected keys and values, found {type(values).__name__}")
-    return parse_recipe(with_overrides(values, overrides), where=str(path))
+    return values
 
 
 def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     """Check a recipe's values. Raises BadInputError with every problem at once."""
+    return parse_section(Recipe, values, where)
+
+
+def parse_section(kind: type[S], values: Mapping[str, Any], where: str) -> S:
+    """Check the values of a section that stands by itself. Raises BadInputError with every problem at once."""
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        problems = "\n  ".join(_problem(details) for details in error.errors())
+        problems = "\n  ".join(_problem(kind, details) for details in error.errors())
         raise BadInputError(f"{where}: the recipe is not valid:\n  {problems}") from None
 
 
@@ -80,11 +92,11 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     write_file(path, text.encode())
 
 
-def _problem(details: Any) -> str:
+def _problem(kind: type[BaseModel], details: Any) -> str:
     location = [str(part) for part in details["loc"]]
     name = ".".join(location)
     if details["type"] == "extra_forbidden":
-        return f"unknown key {name}{_suggestion(location)}"
+        return f"unknown key {name}{_suggestion(kind, location)}"
     if details["type"] == "missing":
         return f"{name} is missing"
     if details["type"] == "value_error":
@@ -92,24 +104,29 @@ def _problem(details: Any) -> str:
     return f"{name}: {details['msg'][:1].lower()}{details['msg'][1:]}, found {details['input']!r}"
 
 
-def _suggestion(location: Sequence[str]) -> str:
+def _suggestion(kind: type[BaseModel], location: Sequence[str]) -> str:
     """What the unknown key was probably meant to be: a key of its section, or the same key in another one."""
-    section: type[BaseModel] = Recipe
+    section = kind
     for part in location[:-1]:
-        field = section.model_fields[part].annotation
-        if not isinstance(field, type):
+        field = _sections(section).get(part)
+        if field is None:
             return ""
         section = field
     wrong = location[-1]
     if near := difflib.get_close_matches(wrong, section.model_fields, n=1):
         return f", did you mean {'.'.join([*location[:-1], near[0]])}?"
-    everywhere = {
-        key: f"{name}.{key}"
-        for name, field in Recipe.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        for key in field.annotation.model_fields
-    }
-    everywhere |= {name: name for name in Recipe.model_fields}
+    everywhere = {key: f"{name}.{key}" for name, field in _sections(kind).items() for key in field.model_fields}
+    everywhere |= {name: name for name in kind.model_fields}
     if near := difflib.get_close_matches(wrong, everywhere, n=1):
         return f", did you mean {everywhere[near[0]]}?"
     return f"; known are {', '.join(section.model_fields)}"
+
+
+def _sections(kind: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The fields of a section that are sections themselves, those that may be left out among them."""
+    found: dict[str, type[BaseModel]] = {}
+    for name, field in kind.model_fields.items():
+        for option in (field.annotation, *get_args(field.annotation)):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                found[name] = option
+    return found

@@ -51,8 +51,12 @@ class Router(nn.Module):
         self.groups, self.best_groups = config.moe_router_num_groups, config.moe_router_group_topk
         self.experts_that_rank_a_group = 1 if config.moe_router_group_max else 2
 
+    def logits(self, x_TH: Tensor) -> Tensor:
+        """A number for each token and expert [T, E], in fp32."""
+        return F.linear(x_TH.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
     def forward(self, x_TH: Tensor) -> Routing:
-        logits_TE = F.linear(x_TH.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        logits_TE = self.logits(x_TH)
         if self.near is not None:
             return _sparse_mixer(logits_TE, self.topk, self.near)
         scores_TE = logits_TE.sigmoid() if self.is_sigmoid else logits_TE.softmax(-1)

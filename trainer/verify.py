@@ -21,7 +21,7 @@ from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.trainer.comparison import Comparison, Differences, Recording
 from ckptbridge.trainer.megatron.rows import LayoutRow, compare_by_megatron
 from ckptbridge.trainer.observed import observe
-from ckptbridge.trainer.tokens import load_tokenizer
+from ckptbridge.trainer.text_ids import text_ids
 
 Engine = Literal["reference", "megatron"]
 """What computes a Megatron checkpoint: this package's decoder, or the real megatron-core."""
@@ -31,8 +31,6 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 STAGE_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """|a - b| / |a| of a hidden state, a mean over tokens, above which a stage is said to differ: ten times what rounding
 leaves behind thirty layers."""
-
-_TEXT = Path(__file__).with_name("verify_text.txt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +115,7 @@ def verify(
             f"{a} knows {model_a.config.vocab_size} words and {b} {model_b.config.vocab_size}: they are different "
             "models, and their logits cannot be compared"
         )
-    ids_T, described = _token_ids(model_a, model_b, text, tokens)
+    ids_T, described = text_ids((model_a, model_b), text, tokens)
     tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
     rows: tuple[LayoutRow, ...] = ()
     try:
@@ -161,25 +159,6 @@ def _compare_by_reference(a: Model, b: Model, ids_T: Tensor, dtype: torch.dtype,
     compared = Comparison(recorded, ids_T)
     observe(b, ids_T, dtype, compared.hidden, compared.logits)
     return compared.differences()
-
-
-def _token_ids(a: Model, b: Model, text: str | None, tokens: int) -> tuple[Tensor, str]:
-    folders = [asset.parent for model in (a, b) for asset in model.assets if asset.name.startswith("tokenizer")]
-    if not folders:
-        if text is not None:
-            raise BadInputError(f"neither {a.path} nor {b.path} has a tokenizer, so no text can be given")
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(a.config.vocab_size, (tokens,), generator=generator), "token ids drawn with seed 0"
-    described = "the text given" if text is not None else "the Apache-2.0 licence"
-    text = _TEXT.read_text(encoding="utf-8") if text is None else text
-    ids = load_tokenizer(folders[0])(text, add_special_tokens=False)["input_ids"][:tokens]
-    if len(ids) < 2:
-        raise BadInputError(f"{described} has {len(ids)} tokens: at least 2 are needed to predict one")
-    if max(ids) >= a.config.vocab_size:
-        raise BadInputError(
-            f"{folders[0]}: its tokenizer makes token {max(ids)}, but the models have {a.config.vocab_size} words"
-        )
-    return torch.tensor(ids), described
 
 
 def _first_divergence(stages: dict[str, float], tolerance: float) -> str:

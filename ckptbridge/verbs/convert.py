@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptbridge import options as o
 from ckptbridge.errors import exits
 from ckptbridge.flags import takes_flags
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from ckptbridge.converters.convert import ConversionPlan
@@ -92,8 +93,17 @@ def refuse(model: Model, wanted: str, other_verb: str) -> None:
     )
 
 
-def carry_out(plan: ConversionPlan, run: o.RunFlags, tell: o.TellFlags, start: float) -> None:
-    """Execute a plan, or print it, and say what was done; of several ranks the first does the talking."""
+def carry_out(
+    plan: ConversionPlan,
+    run: o.RunFlags,
+    tell: o.TellFlags,
+    start: float,
+    found: Callable[[], Mapping[str, Any]] | None = None,
+) -> None:
+    """Execute a plan, or print it, and say what was done; of several ranks the first does the talking.
+
+    `found` is what machines are told besides, once all is done.
+    """
     from ckptbridge import report
     from ckptbridge.converters.execute import execute
 
@@ -112,6 +122,7 @@ def carry_out(plan: ConversionPlan, run: o.RunFlags, tell: o.TellFlags, start: f
         return
     if tell.as_json:
         summary = {k: v for k, v in plan.to_json().items() if k not in ("routes", "tensors", "estimated_seconds")}
+        summary |= {"report": dict(found())} if found is not None else {}
         report.print_json({**summary, "seconds": round(seconds, 3)})
     elif not tell.quiet:
         report.out.print(

@@ -1,30 +1,22 @@
-"""`upcycle`: a dense checkpoint as a mixture of experts that computes the same function."""
+"""`upcycle`: a dense checkpoint as a mixture of experts that computes the same function, where that can be."""
 
 from __future__ import annotations
 
+import shutil
 import time
-from enum import StrEnum
-from typing import Annotated
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ckptbridge import options as o
 from ckptbridge.errors import exits
 from ckptbridge.flags import takes_flags
+from ckptbridge.mixture_flags import MIXTURE, MixtureFlags
 
-MIXTURE = "Mixture"
-
-
-class UpcycleMethod(StrEnum):
-    copy = "copy"
-    virtual_group = "virtual-group"
-
-
-class UpcycleTarget(StrEnum):
-    mixtral = "mixtral"
-    qwen2_moe = "qwen2_moe"
-    qwen3_moe = "qwen3_moe"
-    mcore = "mcore"
+if TYPE_CHECKING:
+    from ckptbridge.trainer.upcycle_recipe import UpcycleSection
 
 
 @exits
@@ -38,65 +30,68 @@ def upcycle(
     output: o.OutputFlags,
     run: o.RunFlags,
     tell: o.TellFlags,
-    num_experts: Annotated[
-        int, typer.Option("--num-experts", min=1, help="Experts of each layer.", rich_help_panel=MIXTURE)
-    ],
-    topk: Annotated[
-        int,
-        typer.Option("--topk", "--moe-router-topk", min=1, help="Experts that a token meets.", rich_help_panel=MIXTURE),
-    ] = 2,
-    granularity: Annotated[
-        int,
+    mixture: MixtureFlags,
+    recipe: Annotated[
+        Path | None,
         typer.Option(
-            "--granularity",
-            "--moe-upcycling-granularity",
-            min=1,
-            help="Each expert has 1/G of the dense width.",
-            rich_help_panel=MIXTURE,
-        ),
-    ] = 1,
-    method: Annotated[
-        UpcycleMethod | None,
-        typer.Option("--method", help="Default: copy for granularity 1, virtual-group above.", rich_help_panel=MIXTURE),
-    ] = None,
-    to: Annotated[
-        UpcycleTarget | None,
-        typer.Option(
-            "--to",
-            help="Class of the result, or mcore for a Megatron-Core checkpoint. Default: the class that fits.",
+            "--recipe",
+            metavar="FILE",
+            help="YAML file with the keys num_experts, topk, method...: as the flags, which count more.",
             rich_help_panel=MIXTURE,
         ),
     ] = None,
-    router_std: Annotated[
-        float | None,
-        typer.Option(
-            "--router-std",
-            min=0.0,
-            help="Standard deviation of the router. Default: the model's own.",
-            rich_help_panel=MIXTURE,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the router's rows.", rich_help_panel=MIXTURE)] = 0,
     max_shard_size: o.MaxShardSize = "5GB",
 ) -> None:
-    """Turn a dense checkpoint into a mixture of experts without a jump in the loss."""
-    from ckptbridge.converters.convert import plan_conversion
-    from ckptbridge.converters.upcycling.construction import upcycled
-    from ckptbridge.converters.upcycling.spec import UpcycleSpec
-    from ckptbridge.verbs.convert import carry_out, opened
+    """Make a mixture of experts of a dense model (or of a mixture a larger or smaller one), exactly where it can be."""
+    from ckptbridge import report
 
     start = time.perf_counter()
     flags = o.ConvertFlags(layout=layout, megatron=megatron, output=output, run=run, max_shard_size=max_shard_size)
     options = flags.options()
-    spec = UpcycleSpec(
-        num_experts=num_experts,
-        topk=topk,
-        granularity=granularity,
-        method=method.value if method else None,
-        to=None if to in (None, UpcycleTarget.mcore) else to.value,
-        router_std=router_std,
-        seed=seed,
-    )
-    form = megatron.ckpt_format.value if to == UpcycleTarget.mcore else "hf"
-    model = upcycled(opened(source, read), spec)
-    carry_out(plan_conversion(model, target, form, options), run, tell, start)
+    section = section_of(recipe, mixture)
+    from ckptbridge.converters.convert import plan_conversion
+    from ckptbridge.converters.errors import BadInputError
+    from ckptbridge.trainer.upcycle_recipe import MCORE
+    from ckptbridge.trainer.upcycling.prepared import prepared
+    from ckptbridge.trainer.upcycling.report import REPORT_FILE
+    from ckptbridge.verbs.convert import carry_out, opened
+    from ckptbridge.verbs.upcycle_report import Reporter
+
+    if target.exists() and not (run.overwrite or run.dry_run):  # before anything is measured or trained
+        raise BadInputError(f"{target}: already exists; name another folder, or replace it with --overwrite")
+    form = megatron.ckpt_format.value if section.to == MCORE else "hf"
+    model = opened(source, read)
+    if section.to is None and model.config.num_moe_experts is None:
+        section = section.model_copy(update={"to": "hf"})
+    if section.distill is not None and options.rank.world_size > 1:
+        raise typer.BadParameter("distillation runs in one process", param_hint="--distill-tokens")
+    work = target.with_name(target.name + ".distilled")
+    made = prepared(model, section, None if run.dry_run else work)
+    reporter = Reporter(made, section.probe) if section.report and not run.dry_run else None
+    plan = plan_conversion(made.mixture, target, form, options)
+    if reporter is not None:
+        plan = replace(plan, reports=((REPORT_FILE, reporter.file),))
+    carry_out(plan, run, tell, start, reporter.to_json if reporter else None)
+    if made.distilled:
+        shutil.rmtree(work)
+    if reporter is None or reporter.found is None:
+        return
+    if not tell.silent:
+        for line in reporter.lines():
+            report.out.print(line, markup=False, soft_wrap=True)
+    if reporter.failed:
+        raise typer.Exit(1)
+
+
+def section_of(recipe: Path | None, mixture: MixtureFlags) -> UpcycleSection:
+    """The recipe with the flags in place of what it says, checked.
+
+    Raises a usage error without a number of experts, BadInputError naming every key that is wrong.
+    """
+    from ckptbridge.trainer.recipe_file import parse_section, read_values
+    from ckptbridge.trainer.upcycle_recipe import UpcycleSection
+
+    values = mixture.over({} if recipe is None else read_values(recipe))
+    if recipe is None and mixture.num_experts is None:
+        raise typer.BadParameter("say how many experts, or name a --recipe", param_hint="--num-experts")
+    return parse_section(UpcycleSection, values, "the flags" if recipe is None else str(recipe))

@@ -99,11 +99,11 @@ def padding_multiple(args: Namespace | None) -> int:
     return multiple * tp if isinstance(multiple, int) and isinstance(tp, int) else 128 * 64
 
 
-_LOCAL_SPELLING = (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
+_LOCAL_SPELLING = (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
 """Megatron's local (non-TE) layer spec saves the norm before a mixture under the dense layer's name."""
 
 
 def _spelled(address: Address, keys: set[str]) -> Address:
-    if address.key in keys or not address.key.endswith(_LOCAL_SPELLING[0]):
+    if address.key in keys or _LOCAL_SPELLING[0] not in address.key:
         return address
     return Address(address.key.replace(*_LOCAL_SPELLING), address.index, address.axes)

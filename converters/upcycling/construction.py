@@ -6,7 +6,7 @@ Shapes: N experts, G granularity, H hidden_size, F dense width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, cast
 
@@ -17,36 +17,49 @@ from ckptbridge.converters.mcore.keys import layer_of
 from ckptbridge.converters.model import Model
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.tensors import Checkpoint, LazyTensor, Zeros
+from ckptbridge.converters.upcycling.branch_train_mix import averaged, check_number
+from ckptbridge.converters.upcycling.changes import Changes
 from ckptbridge.converters.upcycling.factors import Factors, expert_factors, shared_factors
 from ckptbridge.converters.upcycling.measured import LayerMeasurement, Measured
+from ckptbridge.converters.upcycling.mixtures import changed_mixture
 from ckptbridge.converters.upcycling.neurons import DenseMlp, Expert, Neurons
 from ckptbridge.converters.upcycling.partition import partition
 from ckptbridge.converters.upcycling.routers import router_rows
 from ckptbridge.converters.upcycling.semantics import check
-from ckptbridge.converters.upcycling.spec import UpcycleSpec
+from ckptbridge.converters.upcycling.spec import MIXTURE_METHODS, UpcycleSpec
 from ckptbridge.converters.upcycling.targets import choose_target, hf_config_of
 
 _MLP = ".mlp.linear_fc"
 
 
-def upcycled(source: Model, spec: UpcycleSpec, measured: Measured | None = None) -> Model:
-    """The source as a mixture of experts; nothing is read yet.
+def upcycled(source: Model, spec: UpcycleSpec, measured: Measured | None = None, others: Sequence[Model] = ()) -> Model:
+    """The source as a mixture of experts, or a mixture as another one; nothing is read yet.
 
-    `measured` holds what a text showed of each layer, for methods that need it. Raises BadInputError for numbers that
-    do not fit or a measurement that is missing, NotSupportedError for a target that cannot express the model.
+    `measured` holds what a text showed of each layer, for methods that need it; `others` are the further models of
+    branch-train-mix. Raises BadInputError for numbers that do not fit, models that are not alike or a measurement that
+    is missing, NotSupportedError for a target that cannot express the model.
     """
     spec = spec.resolved()
     check(spec, source.config)
+    check_number(spec, 1 + len(others))
+    models = (source, *others)
+    if others:
+        source = averaged(models)
+    derivation = f"{source.derivation} {spec!r}{_digest(measured or {})}".lstrip()
+    if spec.method in MIXTURE_METHODS:
+        return changed_mixture(source, spec, measured or {}, derivation)
     family, config, notes = choose_target(source, spec)
     return replace(
         source,
         family=family,
         config=config,
-        tensors=_tensors(source.tensors, source.config, config, spec, measured or {}),
+        tensors=_tensors(source, models, config, spec, measured or {}),
         hf_config=hf_config_of(source, family, config),
         hf_config_file=None,
         notes=(*source.notes, *notes),
-        derivation=repr(spec) + _digest(measured or {}),
+        derivation=derivation,
+        made_of=source.opened,
+        saved=None,
     )
 
 
@@ -62,10 +75,11 @@ def _digest(measured: Measured) -> str:
 
 
 def _tensors(
-    dense: Checkpoint, old: ModelConfig, new: ModelConfig, spec: UpcycleSpec, measured: Measured
+    source: Model, models: Sequence[Model], new: ModelConfig, spec: UpcycleSpec, measured: Measured
 ) -> dict[str, LazyTensor]:
-    made: dict[str, LazyTensor] = {}
-    for name, tensor in dense.items():
+    """The experts are cut from the models in turn, group by group; all else is the source's."""
+    old, made = source.config, dict[str, LazyTensor]()
+    for name, tensor in source.tensors.items():
         layer = layer_of(name)
         if layer is None or _MLP not in name or not new.is_moe_layer(layer):
             made[name] = tensor
@@ -74,15 +88,20 @@ def _tensors(
         if tail.startswith("linear_fc1.layer_norm_"):
             made[f"{head}.pre_mlp_layernorm.{tail.removeprefix('linear_fc1.layer_norm_')}"] = tensor
         elif tail == "linear_fc1.weight":
-            fc2 = dense[f"{head}.mlp.linear_fc2.weight"]
-            mlp = DenseMlp(layer, tensor, fc2, old.ffn_hidden_size, old.gated_linear_unit)
-            made |= _mixture(head, mlp, old, new, spec, measured.get(layer))
+            mlp, *parts = (_mlp(model.tensors, head, layer, old) for model in (source, *models))
+            made |= _mixture(head, mlp, parts, old, new, spec, measured.get(layer))
     return made
+
+
+def _mlp(held: Checkpoint, head: str, layer: int, config: ModelConfig) -> DenseMlp:
+    fc1, fc2 = (held[f"{head}.mlp.linear_fc{number}.weight"] for number in (1, 2))
+    return DenseMlp(layer, fc1, fc2, config.ffn_hidden_size, config.gated_linear_unit)
 
 
 def _mixture(
     head: str,
     mlp: DenseMlp,
+    parts: Sequence[DenseMlp],
     old: ModelConfig,
     new: ModelConfig,
     spec: UpcycleSpec,
@@ -96,10 +115,15 @@ def _mixture(
     if new.moe_router_enable_expert_bias:
         made[f"{head}.mlp.router.expert_bias"] = Zeros((spec.num_experts,), torch.float32)
     # Groups that are cut alike share their shards: bytes that stand in several experts are read and made once.
-    shards = {id(group): [mlp.expert(neurons, factors) for neurons in group] for group in cut.groups}
+    shards: dict[tuple[int, int], list[Expert]] = {}
+    changes = [Changes(spec, part, factors) for part in parts]
     for number in range(spec.num_experts):
         group, shard = divmod(number, spec.granularity)
-        made |= _named(f"{head}.mlp.experts.experts.{number}", shards[id(cut.groups[group])][shard])
+        neurons, part = cut.groups[group], group % len(parts)
+        if (id(neurons), part) not in shards:
+            shards[id(neurons), part] = [parts[part].expert(own, factors) for own in neurons]
+        expert = changes[part].of(shards[id(neurons), part][shard], number, neurons[shard])
+        made |= _named(f"{head}.mlp.experts.experts.{number}", expert)
     if new.moe_shared_expert_intermediate_size:
         made |= _named(f"{head}.mlp.shared_experts", _shared(mlp, new, spec, cut.shared))
         if new.moe_shared_expert_gate:

@@ -32,7 +32,7 @@ def output_scale(spec: UpcycleSpec) -> float:
     """
     g = spec.granularity
     if spec.router == "pre-softmax":
-        return spec.groups * g * g / spec.topk
+        return spec.groups * g * g / spec.chosen
     return float(g)
 
 

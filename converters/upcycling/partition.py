@@ -32,10 +32,10 @@ def partition(spec: UpcycleSpec, layer: int, ffn_hidden_size: int, measured: Lay
     with `permute` in an order of each group's own; of methods that measure, as the measurement says.
     Raises BadInputError when the method needs a measurement and there is none.
     """
-    if spec.method == "cmoe" or (spec.method == "split" and spec.split == "clustering"):
+    if spec.clusters_neurons:
         if measured is None or measured.shards is None:
             raise BadInputError(f"method {spec.method} decides by activations: give a text with --calibrate FILE")
-        return Partition(measured.shared, [measured.shards])
+        return Partition(range(ffn_hidden_size) if spec.shared == "overlap" else measured.shared, [measured.shards])
     first = spec.shared_neurons(ffn_hidden_size)
     width = spec.expert_width(ffn_hidden_size)
     shared: Neurons | None = range(first) if first else None

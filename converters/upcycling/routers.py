@@ -16,7 +16,9 @@ from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.tensors import Computed, LazyTensor
 from ckptbridge.converters.upcycling.drawn import generator_for
 from ckptbridge.converters.upcycling.measured import LayerMeasurement
-from ckptbridge.converters.upcycling.spec import UpcycleSpec
+from ckptbridge.converters.upcycling.spec import PARTITIONS, UpcycleSpec
+
+_SOFTMAX_SPREAD, _SIGMOID_SPREAD = 8.0, 2.0
 
 
 def router_rows(
@@ -41,12 +43,27 @@ def router_rows(
     return Computed((spec.num_experts, config.hidden_size), dtype, _rows_of(made))
 
 
+def drawn_std(spec: UpcycleSpec, config: ModelConfig) -> float:
+    """The standard deviation of drawn rows, where the spec does not name one.
+
+    It is the model's own initialisation unless shards of one copy have to be chosen together. Training moves rows of
+    a group apart, by about the learning rate a step, and a token that lies near the border between two groups then
+    meets some shards of each. Logits of standard deviation 8 (of sigmoids 2, which would tie at 1 beyond that) leave
+    few tokens there: benchmarks/upcycling_training.py. Rows that are chosen by whole groups need nothing of the kind.
+    """
+    if spec.router_std is not None:
+        return spec.router_std
+    is_torn = spec.granularity > 1 and spec.method not in PARTITIONS and not spec.router_groups
+    if not is_torn or spec.router == "pre-softmax":
+        return config.init_method_std
+    return (_SIGMOID_SPREAD if spec.router == "sigmoid" else _SOFTMAX_SPREAD) / config.hidden_size**0.5
+
+
 def drawn_rows(spec: UpcycleSpec, config: ModelConfig, layer: int) -> Tensor:
     """One row a group (of a partition: an expert), [E or N, H] in fp32, drawn by (seed, layer)."""
-    rows = spec.num_experts if spec.groups == 1 else spec.groups
-    std = config.init_method_std if spec.router_std is None else spec.router_std
+    rows = spec.num_experts if spec.method in PARTITIONS else spec.groups
     generator = torch.Generator().manual_seed(spec.seed * 1_000_003 + layer)
-    return torch.randn(rows, config.hidden_size, generator=generator) * std
+    return torch.randn(rows, config.hidden_size, generator=generator) * drawn_std(spec, config)
 
 
 def _rows_of(make: Callable[[], Tensor]) -> Callable[[int, int], Tensor]:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.model_config import ModelConfig
+from ckptbridge.converters.upcycling.factors import output_scale
 from ckptbridge.converters.upcycling.layers import chosen_layers
-from ckptbridge.converters.upcycling.spec import DENSE_METHODS, PARTITIONS, UpcycleSpec
+from ckptbridge.converters.upcycling.mixture_semantics import check_mixture
+from ckptbridge.converters.upcycling.spec import DENSE_METHODS, MIXTURE_METHODS, PARTITIONS, UpcycleSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +39,20 @@ def check(spec: UpcycleSpec, source: ModelConfig) -> Exactness:
     `allow_inexact` is set.
     """
     _check_numbers(spec)
-    if spec.method in DENSE_METHODS:
+    if spec.method in MIXTURE_METHODS:
+        unlike, by_design, conditions = check_mixture(spec, source)
+        unable: list[str] = []
+    else:
         _check_sizes(spec, source)
-    unlike, unable = _unlike_the_dense(spec), _unable_to_learn(spec)
+        unlike, unable = _unlike_the_dense(spec), _unable_to_learn(spec)
+        by_design, conditions = _by_design(spec, source), _conditions(spec)
     if (unlike or unable) and not spec.allow_inexact:
         raise BadInputError("; ".join([*unlike, *unable]) + ". To do it all the same, add --allow-inexact")
-    return Exactness((*unlike, *_by_design(spec, source)), tuple(_conditions(spec)))
+    return Exactness((*unlike, *by_design), tuple(conditions))
 
 
 def _check_numbers(spec: UpcycleSpec) -> None:
-    n, t, g = spec.num_experts, spec.topk, spec.granularity
+    n, t, g = spec.num_experts, spec.chosen if spec.method in DENSE_METHODS else spec.topk or 1, spec.granularity
     if not 0 <= spec.seed < 2**40:
         raise BadInputError(f"seed is {spec.seed}: it must lie between 0 and 2**40")
     for name in ("router_std", "router_noise", "noise"):
@@ -60,6 +66,13 @@ def _check_numbers(spec: UpcycleSpec) -> None:
         raise BadInputError(f"num_experts {n}, topk {t} and granularity {g} must each be at least 1")
     if t > n:
         raise BadInputError(f"topk {t} exceeds num_experts {n}")
+    if spec.method in MIXTURE_METHODS:
+        return
+    if spec.router_init in ("neurons", "fitted") and spec.method not in PARTITIONS:
+        raise BadInputError(
+            f"router_init {spec.router_init} tells experts apart by their neurons, and method {spec.method} gives "
+            f"every group the same ones; it goes with {' and '.join(PARTITIONS)}"
+        )
     if spec.router_groups and spec.router != "sigmoid":
         raise BadInputError("router_groups needs router sigmoid: no class with a softmax router chooses groups first")
     if spec.router_groups and (g < 2 or t % g):
@@ -88,7 +101,7 @@ def _check_sizes(spec: UpcycleSpec, dense: ModelConfig) -> None:
 
 def _unlike_the_dense(spec: UpcycleSpec) -> list[str]:
     """What was meant to compute the dense model's function and does not."""
-    t, g = spec.topk, spec.granularity
+    t, g = spec.chosen, spec.granularity
     problems: list[str] = []
     if t % g and spec.method not in PARTITIONS:
         problems.append(
@@ -107,7 +120,7 @@ def _unlike_the_dense(spec: UpcycleSpec) -> list[str]:
 
 
 def _unable_to_learn(spec: UpcycleSpec) -> list[str]:
-    if spec.topk > 1 or spec.router != "renormalised":
+    if spec.chosen > 1 or spec.router == "pre-softmax":
         return []
     return [
         "topk is 1 and the chosen weights sum to one: the only weight is always 1, the router gets no gradient and "
@@ -120,29 +133,42 @@ def _by_design(spec: UpcycleSpec, dense: ModelConfig) -> list[str]:
     reasons: list[str] = []
     if spec.method == "drop" and spec.drop_ratio:
         reasons.append(f"Drop-Upcycling draws {spec.drop_ratio:.0%} of each expert anew")
-    if spec.method in PARTITIONS and spec.topk < spec.num_experts:
-        reasons.append(f"a token meets {spec.topk} of the {spec.num_experts} experts that the neurons are split into")
+    if spec.method in PARTITIONS and spec.chosen < spec.num_experts:
+        reasons.append(f"a token meets {spec.chosen} of the {spec.num_experts} experts that the neurons are split into")
+    if spec.method in PARTITIONS and spec.chosen == spec.num_experts and not router_is_zero(spec):
+        reasons.append("a token meets every expert, but with weights that differ as soon as the router is not zero")
     if spec.method == "branch-train-mix":
         reasons.append("the experts come from different models, and what they share is averaged")
-    if spec.method in ("prune", "merge"):
-        reasons.append(f"{spec.num_experts} experts replace more of them")
-    if spec.method in DENSE_METHODS and spec.router == "pre-softmax" and spec.router_std != 0:
+    meets_all = spec.chosen == spec.num_experts
+    if spec.method in DENSE_METHODS and spec.router == "pre-softmax" and not (router_is_zero(spec) or meets_all):
         reasons.append(
             "softmax weights that are not divided by their sum are larger than 1/N as soon as the router is not zero; "
             "--calibrate FILE measures by how much"
         )
     if spec.method in DENSE_METHODS and spec.scaling == "paper" and _paper_differs(spec, dense):
         reasons.append("the published scaling multiplies gate_proj too, in which SwiGLU is not linear")
-    if spec.method in DENSE_METHODS and spec.scaling == "none" and spec.granularity > 1:
+    if spec.method in DENSE_METHODS and spec.granularity > 1 and spec.permute and _ties(spec):
+        reasons.append("a router of zeros ties across groups, and with permute a shard of one group is none of another")
+    if spec.method in DENSE_METHODS and spec.scaling == "none" and output_scale(spec) != 1:
         reasons.append("the experts are not scaled")
     if spec.granularity == 1 and spec.noise:
         reasons.append(f"noise of {spec.noise} times each matrix's root mean square is added to the experts")
     return reasons
 
 
+def router_is_zero(spec: UpcycleSpec) -> bool:
+    """Whether every token finds all experts alike."""
+    return spec.router_init == "random" and spec.router_std == 0 and not spec.router_noise
+
+
+def _ties(spec: UpcycleSpec) -> bool:
+    """Whether top-k chooses among experts that are all alike."""
+    return router_is_zero(spec) and spec.chosen < spec.num_experts
+
+
 def _paper_differs(spec: UpcycleSpec, dense: ModelConfig) -> bool:
     is_homogeneous = not dense.gated_linear_unit and dense.activation_func == "squared_relu"
-    return (spec.granularity > 1 or spec.router == "pre-softmax") and not is_homogeneous
+    return (output_scale(spec) != 1 or spec.shared == "overlap") and not is_homogeneous
 
 
 def _conditions(spec: UpcycleSpec) -> list[str]:
@@ -150,4 +176,9 @@ def _conditions(spec: UpcycleSpec) -> list[str]:
     if spec.granularity > 1 and spec.method not in PARTITIONS:
         conditions.append("the router's logits are computed in fp32: in bf16 0.2-0.4 % of tokens tie across groups")
         conditions.append("no router jitter or noise")
+    if spec.method in DENSE_METHODS and router_is_zero(spec):
+        if spec.router == "pre-softmax" and spec.chosen < spec.num_experts:
+            conditions.append("the router stays zero")
+        if spec.granularity > 1 and _ties(spec):
+            conditions.append("where all experts tie, top-k takes neighbours, as torch does on a CPU")
     return conditions

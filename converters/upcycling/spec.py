@@ -21,12 +21,14 @@ Method = Literal[
     "merge",
 ]
 DENSE_METHODS: tuple[Method, ...] = ("copy", "virtual-group", "drop", "split", "cmoe", "branch-train-mix")
-"""From dense models; the others make a mixture from a mixture."""
+"""From dense models."""
+MIXTURE_METHODS: tuple[Method, ...] = ("expert-upcycling", "prune", "merge")
+"""From mixtures, which stay what they are but for the number of experts."""
 PARTITIONS: tuple[Method, ...] = ("split", "cmoe")
 """Every neuron is in one expert: one group, E = 1."""
 Scaling = Literal["exact", "paper", "down", "none"]
 RouterKind = Literal["renormalised", "pre-softmax", "sigmoid"]
-RouterInit = Literal["random", "hidden-state", "neurons"]
+RouterInit = Literal["random", "hidden-state", "neurons", "fitted"]
 Shared = Literal["none", "partition", "overlap"]
 Split = Literal["contiguous", "random", "clustering"]
 DropMask = Literal["shared", "per-matrix"]
@@ -37,12 +39,13 @@ class UpcycleSpec:
     """How to upcycle. `num_experts` is N, `topk` T, `granularity` G of the module's notation."""
 
     num_experts: int
-    topk: int = 2
+    topk: int | None = None
+    """None: 2 from dense models; from mixtures what the method makes of theirs. `chosen` is the number."""
     granularity: int = 1
     method: Method | None = None
     """None: copy for granularity 1, virtual-group above."""
     to: str | None = None
-    """The family of the result; None takes the one that fits the source."""
+    """The family of the result. None and mcore take the one that fits the source, hf one that transformers has."""
     scaling: Scaling = "exact"
     """Where the factor stands that makes the experts' weighted sum the dense output. `paper` is the published cube
     root on every matrix, `down` the whole factor on down_proj, `none` leaves it out."""
@@ -51,10 +54,12 @@ class UpcycleSpec:
     by their sum."""
     router_groups: bool = False
     """Sigmoid: choose k whole groups first, then their experts (DeepSeek's group-limited routing)."""
-    router_init: RouterInit = "random"
-    """Rows drawn at random; or the mean input of prompts (one set a group); or representative neurons (cmoe)."""
+    router_init: RouterInit | None = None
+    """Rows drawn at random; the mean input of prompts (one set a group); of a partition the gate_proj rows of each
+    expert's representative neuron, or those that predict best how much it adds. None: fitted for methods that cluster
+    neurons (cmoe, split clustering), random for the others."""
     router_std: float | None = None
-    """Standard deviation of the router's rows; None takes the model's own initialisation."""
+    """Standard deviation of the router's rows; None takes the model's own, or a wider one for virtual groups."""
     router_noise: float = 0.0
     """Standard deviation of what is added to each expert's row, so that the rows of a group part."""
     shared: Shared = "none"
@@ -84,7 +89,19 @@ class UpcycleSpec:
         method = self.method or ("copy" if self.granularity == 1 else "virtual-group")
         granularity = self.num_experts if method in PARTITIONS else self.granularity
         shared: Shared = "partition" if method == "cmoe" and self.shared == "none" else self.shared
-        return replace(self, method=method, granularity=granularity, shared=shared)
+        topk = self.chosen if method in DENSE_METHODS else self.topk
+        init = self.router_init or ("fitted" if self.clusters_neurons else "random")
+        return replace(self, method=method, topk=topk, granularity=granularity, shared=shared, router_init=init)
+
+    @property
+    def chosen(self) -> int:
+        """T of a resolved spec for dense models: how many experts a token meets."""
+        return 2 if self.topk is None else self.topk
+
+    @property
+    def clusters_neurons(self) -> bool:
+        """Whether activations decide which neurons go together."""
+        return self.method == "cmoe" or (self.method == "split" and self.split == "clustering")
 
     @property
     def groups(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from ckptbridge.converters.errors import BadInputError, NotSupportedError
 from ckptbridge.converters.fields import IRRELEVANT, write_config
@@ -13,31 +13,67 @@ from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.registry import family_named
 from ckptbridge.converters.upcycling.factors import scaling_factor
 from ckptbridge.converters.upcycling.layers import chosen_layers
-from ckptbridge.converters.upcycling.spec import UpcycleSpec
+from ckptbridge.converters.upcycling.routers import drawn_std
+from ckptbridge.converters.upcycling.spec import RouterKind, UpcycleSpec
 
-TARGETS = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granite_moe")
+TARGETS = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe", "nemotron_moe")
 """In the order in which they are tried."""
+WHEREVER_IT_FITS = ("hf", "mcore")
+"""Words for `to` that name no class: the first that fits and that transformers has, or the first that fits."""
 _NEEDS_SHARED_EXPERT = ("qwen2_moe", "glm4_moe")
+_NARROW = ("mixtral", "granitemoe")
+"""Classes that name one width, the experts'."""
+_NO_TARGET = {
+    "nemotron_h": "its attention does not turn heads with the position and its norms are RMSNorm; every dense family "
+    "here has rotary embeddings, so that none computes the same there",
+    "deepseek_v3": "its attention has latents of queries, keys and values, which no dense family here has",
+    "deepseek_v2": "its attention has latents of queries, keys and values, which no dense family here has",
+    "gpt_oss": "its experts clamp, have biases and add one to the linear half, which no dense family here does",
+}
+"""Mixtures that no dense family becomes, and why."""
 
 
 def choose_target(source: Model, spec: UpcycleSpec) -> tuple[Family, ModelConfig, list[str]]:
     """The family of the result, its config, and what a person should know of the choice.
 
-    Raises NotSupportedError with each class's reason if none (or not the named one) can express the mixture.
+    Raises NotSupportedError with each class's reason if none (or not the named one) can express the mixture, and with
+    what can: another class, or the same class with another router.
     """
-    if spec.to is not None and spec.to not in TARGETS:
-        raise NotSupportedError(f"--to {spec.to}: not a mixture of experts; known are {', '.join(TARGETS)} and mcore")
+    named = None if spec.to in WHEREVER_IT_FITS else spec.to
+    if named in _NO_TARGET:
+        raise NotSupportedError(f"--to {named}: {_NO_TARGET[named]}. Known are {', '.join(TARGETS)} and mcore")
+    if named is not None and named not in TARGETS:
+        raise NotSupportedError(f"--to {named}: not a mixture of experts; known are {', '.join(TARGETS)} and mcore")
     reasons: list[str] = []
-    for name in TARGETS if spec.to is None else (spec.to,):
+    for name in TARGETS if named is None else (named,):
         family = family_named(name)
         config = mixture_config(source.config, spec, family)
-        try:
-            write_config(family.fields, config)
-        except (NotSupportedError, BadInputError) as error:
-            reasons.append(f"  {family.architecture}: {error}")
-        else:
-            return family, config, _notes(source, spec, family, config)
-    raise NotSupportedError("\n".join([f"{source.path}: no class computes this mixture", *reasons]))
+        reason = _why_not(family, config, needs_class=spec.to == "hf")
+        if not reason:
+            return family, config, _notes(source, spec, family)
+        reasons.append(f"  {family.architecture}: {reason}")
+    what = "no class computes this mixture" if named is None else f"--to {named} does not compute this mixture"
+    raise NotSupportedError("\n".join([f"{source.path}: {what}", *reasons, *_instead(source.config, spec)]))
+
+
+def _why_not(family: Family, config: ModelConfig, *, needs_class: bool = False) -> str:
+    try:
+        write_config(family.fields, config)
+    except (NotSupportedError, BadInputError) as error:
+        return str(error)
+    return f"transformers has no such class: {family.no_hf_class}" if needs_class and family.no_hf_class else ""
+
+
+def _instead(dense: ModelConfig, spec: UpcycleSpec) -> list[str]:
+    """A line with the targets that compute the mixture as it is asked for, or else with another router."""
+    routers: tuple[RouterKind, ...] = (spec.router, *(r for r in get_args(RouterKind) if r != spec.router))
+    for router in routers:
+        other = replace(spec, router=router, router_groups=spec.router_groups and router == "sigmoid")
+        able = [name for name in TARGETS if not _why_not(f := family_named(name), mixture_config(dense, other, f))]
+        if able:
+            told = " or ".join(f"--to {'mcore' if family_named(n).no_hf_class else n}" for n in able)
+            return [f"What can: {told}" + ("" if router == spec.router else f" with --router {router}")]
+    return []
 
 
 def mixture_config(dense: ModelConfig, spec: UpcycleSpec, family: Family) -> ModelConfig:
@@ -48,17 +84,17 @@ def mixture_config(dense: ModelConfig, spec: UpcycleSpec, family: Family) -> Mod
     has_groups = is_sigmoid and spec.router_groups
     return replace(
         dense,
-        ffn_hidden_size=width if family.name in ("mixtral", "granite_moe") else dense.ffn_hidden_size,
+        ffn_hidden_size=width if family.name in _NARROW else dense.ffn_hidden_size,
         num_moe_experts=spec.num_experts,
         moe_ffn_hidden_size=width,
         moe_layer_freq=1 if all(layers) else layers,
-        moe_router_topk=spec.topk,
+        moe_router_topk=spec.chosen,
         moe_router_pre_softmax=spec.router == "pre-softmax",
         moe_router_score_function="sigmoid" if is_sigmoid else "softmax",
         moe_router_enable_expert_bias=is_sigmoid,
         moe_router_topk_scaling_factor=scaling_factor(spec),
         moe_router_num_groups=spec.groups if has_groups else None,
-        moe_router_group_topk=spec.topk // spec.granularity if has_groups else None,
+        moe_router_group_topk=spec.chosen // spec.granularity if has_groups else None,
         moe_shared_expert_intermediate_size=_shared_width(spec, dense, family),
         moe_shared_expert_gate=family.name == "qwen2_moe",
         moe_aux_loss_coeff=0.001,
@@ -89,21 +125,29 @@ def hf_config_of(source: Model, family: Family, config: ModelConfig) -> dict[str
     }
 
 
-def _notes(source: Model, spec: UpcycleSpec, family: Family, config: ModelConfig) -> list[str]:
+def _notes(source: Model, spec: UpcycleSpec, family: Family) -> list[str]:
+    is_named = spec.to == family.name
     notes = [
-        f"{source.family.architecture} becomes {family.architecture}" + ("" if spec.to else ", the class that fits it")
+        f"{source.family.architecture} becomes {family.architecture}" + ("" if is_named else ", the class that fits it")
     ]
+    if family.no_hf_class:
+        notes.append(f"transformers has no class for it: {family.no_hf_class}. It is written for Megatron alone")
     if family.name == "mixtral" and spec.granularity > 1:
         notes.append(
             "transformers computes Mixtral's router in the model's dtype: in bf16 0.2-0.4 % of tokens tie across "
             "groups and meet a shard twice; verify in fp32 and train with the router in fp32, or take --to glm4_moe "
             "--router sigmoid, whose router is fp32"
         )
-    if spec.granularity > 1 and spec.router_std is None:
+    if spec.router_groups and spec.granularity != 2:
         notes.append(
-            "the router is drawn with the model's own standard deviation; tokens then lie near the borders between "
-            "groups, and training tears groups apart: SmolLM2 got worse in its first 16 steps, and better with "
-            "--router-std 0.3"
+            f"transformers ranks a group by its best two experts, Megatron-Core by its best {spec.granularity}: alike "
+            "as long as the rows of a group are equal, another choice once they part"
+        )
+    if (std := drawn_std(spec, source.config)) != source.config.init_method_std and spec.router_std is None:
+        notes.append(
+            f"the router is drawn with a standard deviation of {std:.2g} instead of {source.config.init_method_std:g}, "
+            "so that training does not tear the shards of a copy apart (--router-std changes it); with "
+            "--router sigmoid --router-groups whole copies are chosen whatever the rows are"
         )
     if family.name in _NEEDS_SHARED_EXPERT and spec.shared == "none":
         notes.append(

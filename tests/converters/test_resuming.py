@@ -111,13 +111,13 @@ def test_resuming_with_other_options_is_refused(
         execute(planned(source, tmp_path / "target", resume=True, **options))
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"router_std": 0.5}, {"topk": 2}], ids=str)
+@pytest.mark.parametrize("change", [{"seed": 1}, {"router_std": 0.5}, {"topk": 3}], ids=str)
 def test_resuming_another_upcycling_is_refused(
     change: dict[str, Any], tiny_folder: TinyFolders, tmp_path: Path
 ) -> None:
     """The names and shapes are the same; the values are not."""
     dense, target = open_model(tiny_folder("llama")), tmp_path / "target"
-    spec = {"num_experts": 4, "topk": 1, "seed": 0}
+    spec = {"num_experts": 4, "topk": 2, "seed": 0}
     options = ConvertOptions(**SMALL)
     begin(plan_conversion(upcycled(dense, UpcycleSpec(**spec)), target, "torch_dist", options))
     other = upcycled(dense, UpcycleSpec(**spec | change))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ckptbridge.converters.blocks import digest_of, row_blocks
 from ckptbridge.converters.errors import BadInputError, StorageError
+from ckptbridge.converters.reading import read_exactly
 from ckptbridge.converters.tensors import (
     Computed,
     InMemory,
@@ -24,7 +25,6 @@ from ckptbridge.converters.tensors import (
     columns,
     join_columns,
     join_rows,
-    read_exactly,
     reshaped,
     rows,
     scaled,

@@ -164,9 +164,11 @@ def _routing(config: ModelConfig) -> dict[str, Any]:
 def _mixture(config: ModelConfig) -> dict[str, Any]:
     freq = config.moe_layer_freq
     if config.moe_router_topk == 1 and not config.moe_router_pre_softmax:
+        is_softmax = config.moe_router_score_function == "softmax"
+        does = "refuses to build such a model" if is_softmax else "weighs it by its sigmoid as it is"
         raise NotSupportedError(
             "moe_router_topk is 1 and the chosen weights sum to one, so that every token's only weight is 1: "
-            "megatron-core refuses to build such a model. Verify it with --engine reference"
+            f"megatron-core {does}. Verify it with --engine reference"
         )
     return {
         "num_moe_experts": config.num_moe_experts,

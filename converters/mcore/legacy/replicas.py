@@ -9,7 +9,8 @@ from ckptbridge.converters.mapping import Family
 from ckptbridge.converters.mcore.legacy.reader import LegacyFolder
 from ckptbridge.converters.mcore.megatron_folder import MegatronFolder
 from ckptbridge.converters.model_config import ModelConfig
-from ckptbridge.converters.tensors import Stored, read_exactly
+from ckptbridge.converters.reading import read_exactly
+from ckptbridge.converters.tensors import Stored
 
 WHOLE_NBYTES = 1 << 20
 """Copies up to this size are compared whole: norms, biases, small routers."""

@@ -1,0 +1,226 @@
+"""Layer-wise distillation (LaDiMo): each mixture learns to give what the dense MLP in its place gave on a text.
+
+The dense model runs once over the text, layer by layer. Where a layer becomes a mixture, its router and experts are
+trained on the MLP's own inputs and outputs, and what came of it goes into a file: memory holds the residual stream of
+the text and one layer with Adam's moments, and a run that was stopped goes on behind the last layer that has a file.
+A layer that got no better stays as it was.
+
+Shapes: T tokens, H hidden_size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ckptbridge.converters.copying import Copier
+from ckptbridge.converters.disk import write_file
+from ckptbridge.converters.mcore.keys import decoder_name, expert_of
+from ckptbridge.converters.model import Model, decoder_tensors
+from ckptbridge.converters.pass_through import safetensors_file
+from ckptbridge.converters.safetensors_header import read_header
+from ckptbridge.converters.tensors import Checkpoint, InMemory, LazyTensor
+from ckptbridge.converters.upcycling.drawn import generator_for
+from ckptbridge.kernels.backend import choose_backend
+from ckptbridge.trainer.decoder import Layer
+from ckptbridge.trainer.loading import load_tensors
+from ckptbridge.trainer.mixture import Mixture
+from ckptbridge.trainer.optimizer import Optimizer
+from ckptbridge.trainer.recipe import OptimizerSection
+from ckptbridge.trainer.schedule import Schedule
+from ckptbridge.trainer.text_ids import read_text, text_ids, windows
+from ckptbridge.trainer.upcycle_recipe import DistillSection
+from ckptbridge.trainer.upcycling.samples import mlp_input
+from ckptbridge.trainer.upcycling.streaming import fed, stream
+
+_WINDOW = 512
+"""Tokens that attend to each other; shorter where the model is trained on less."""
+_HELD_OUT = 8
+"""One token is held out for so many that are trained on: errors are told of tokens that no layer was trained on."""
+_AT_ONCE = 2048
+"""Tokens that a layer is measured on together."""
+_WRITE_NBYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistilledLayer:
+    """|mixture - dense| / |dense| of a layer's output on held-out tokens, before and after it was trained."""
+
+    layer: int
+    before: float
+    after: float
+
+
+OnLayer = Callable[[DistilledLayer], None]
+
+
+def distilled(
+    dense: Model,
+    mixture: Model,
+    options: DistillSection,
+    work: Path,
+    *,
+    seed: int = 0,
+    text: Path | None = None,
+    on_layer: OnLayer | None = None,
+) -> tuple[Model, list[DistilledLayer]]:
+    """The mixture with the weights that training gave its layers, which lie in files of `work`, and how each fared.
+
+    `mixture` is what `dense` was made into; `text` is read where the options name none. The same call finds the files
+    of an earlier one, and ends with the same bytes as one that nothing stopped (with as many threads of one machine).
+    Raises BadInputError for a text that is too short or has no tokenizer, StorageError if the disk fails.
+    """
+    named = options.text or text
+    words = None if named is None else read_text(named)
+    ids_T, _ = text_ids([dense], words, options.tokens + -(-options.tokens // _HELD_OUT))
+    length = max(2, min(_WINDOW, dense.config.max_position_embeddings, len(ids_T) // 2))
+    sequences = windows(ids_T, length)
+    trained = sum(len(ids) for ids in sequences[: len(sequences) - max(1, len(sequences) // (_HELD_OUT + 1))])
+    work.mkdir(parents=True, exist_ok=True)
+    key = _key(dense, mixture, options, ids_T, seed)
+    found: dict[str, LazyTensor] = {}
+    told: list[DistilledLayer] = []
+
+    def feed(number: int, layer: Layer, x_TH: Tensor) -> Tensor:
+        out_TH = fed(number, layer, x_TH)
+        if mixture.config.is_moe_layer(number):
+            scratch = _Scratch(work, number, key)
+            if (outcome := scratch.outcome()) is None:
+                rows = _Rows(mlp_input(layer, x_TH), out_TH, trained)
+                outcome = _trained(mixture, number, rows, options, seed, scratch)
+            found.update(read_header(scratch.weights))
+            told.append(outcome)
+            if on_layer is not None:
+                on_layer(outcome)
+        return out_TH
+
+    with torch.no_grad():
+        stream(dense, sequences, feed)
+    model = replace(
+        mixture, tensors={**mixture.tensors, **found}, derivation=f"{mixture.derivation} distilled {key[:16]}"
+    )
+    return model, told
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A layer's inputs and outputs [T, H]; the first `trained` are there to train on."""
+
+    input_TH: Tensor
+    output_TH: Tensor
+    trained: int
+
+    def batches(self, options: DistillSection, seed: int, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """`options.tokens` rows in a drawn order, a batch at a time; when all were seen, again in another order."""
+        left, epoch = options.tokens, 0
+        while left:
+            order = torch.randperm(self.trained, generator=generator_for(seed, "distil", layer, epoch))
+            for rows in order[:left].split(options.batch):
+                yield self.input_TH[rows], self.output_TH[rows]
+                left -= len(rows)
+            epoch += 1
+
+    def steps(self, options: DistillSection) -> int:
+        whole, rest = divmod(options.tokens, self.trained)
+        return whole * -(-self.trained // options.batch) + -(-rest // options.batch)
+
+
+class _Scratch:
+    """The files of one layer: its weights, and then what is told of them."""
+
+    def __init__(self, work: Path, layer: int, key: str) -> None:
+        self.key, self.work = key, work
+        self.weights = work / f"layer_{layer:04d}.safetensors"
+        self._told = work / f"layer_{layer:04d}.json"
+
+    def outcome(self) -> DistilledLayer | None:
+        """What an earlier run of the same key tells of the layer, if it came so far."""
+        if not (self._told.is_file() and self.weights.is_file()):
+            return None
+        told = json.loads(self._told.read_text())
+        return DistilledLayer(**told["layer"]) if told["key"] == self.key else None
+
+    def keep(self, tensors: Checkpoint, outcome: DistilledLayer) -> None:
+        """Write both, the weights first; whichever of them is there is whole."""
+        self._told.unlink(missing_ok=True)
+        file = safetensors_file(self.weights.name + ".tmp", tensors)
+        Copier(self.work, workers=1, max_ram=_WRITE_NBYTES, progress=None, total=file.tensor_nbytes).write(file)
+        (self.work / file.name).replace(self.weights)
+        write_file(self._told, json.dumps({"key": self.key, "layer": asdict(outcome)}).encode())
+
+
+def _trained(
+    model: Model, layer: int, rows: _Rows, options: DistillSection, seed: int, scratch: _Scratch
+) -> DistilledLayer:
+    """Train one layer, keep what came of it, and tell how far it was and is from the dense one."""
+    prefix = f"decoder.layers.{layer}.mlp."
+    before = {name: tensor for name, tensor in model.tensors.items() if name.startswith(prefix)}
+    mixture = _module(model, before, prefix)
+    first = _error(mixture, rows)
+    _train(mixture, rows, options, seed, layer)
+    parameters = {prefix + name: parameter.detach() for name, parameter in mixture.named_parameters()}
+    after: dict[str, LazyTensor] = {}
+    with torch.no_grad():
+        for name, tensor in before.items():
+            held, expert = parameters[decoder_name(name)], expert_of(name)
+            rounded = (held if expert is None else held[expert]).to(tensor.dtype)
+            (held if expert is None else held[expert]).copy_(rounded)
+            after[name] = InMemory(rounded)
+    last = _error(mixture, rows)
+    is_better = last < first
+    outcome = DistilledLayer(layer=layer, before=first, after=last if is_better else first)
+    scratch.keep(after if is_better else before, outcome)
+    return outcome
+
+
+def _module(model: Model, tensors: Checkpoint, prefix: str) -> Mixture:
+    """The layer as the trainer has it, in fp32, on a GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device("meta"):
+        mixture = Mixture(model.config, choose_backend("auto", device).name)
+    mixture = mixture.float().to_empty(device=device)
+    parameters = {prefix + name: parameter for name, parameter in mixture.named_parameters()}
+    load_tensors(parameters, decoder_tensors(tensors, model.config))
+    return mixture
+
+
+@torch.enable_grad()
+def _train(mixture: Mixture, rows: _Rows, options: DistillSection, seed: int, layer: int) -> None:
+    optimizer = Optimizer(mixture, OptimizerSection(lr=options.lr, weight_decay=0.0))
+    schedule = Schedule(lr=options.lr, min_lr=0.0, warmup_steps=0, total_steps=rows.steps(options))
+    scale = rows.output_TH[: rows.trained].square().sum(-1).mean().item() or 1.0
+    device = mixture.router.weight.device
+    for step, (input_TH, output_TH) in enumerate(rows.batches(options, seed, layer), start=1):
+        made_TH, _ = mixture(input_TH.to(device))
+        ((made_TH - output_TH.to(device)).square().sum(-1).mean() / scale).backward()
+        optimizer.step(schedule.at(step))
+
+
+@torch.no_grad()
+def _error(mixture: Mixture, rows: _Rows) -> float:
+    """|mixture - dense| / |dense| on the rows that are held out."""
+    device = mixture.router.weight.device
+    difference = total = 0.0
+    for input_TH, output_TH in zip(
+        rows.input_TH[rows.trained :].split(_AT_ONCE), rows.output_TH[rows.trained :].split(_AT_ONCE), strict=True
+    ):
+        made_TH = mixture(input_TH.to(device))[0].cpu()
+        difference += (made_TH - output_TH).double().square().sum().item()
+        total += output_TH.double().square().sum().item()
+    return (difference / total) ** 0.5 if total else 0.0
+
+
+def _key(dense: Model, mixture: Model, options: DistillSection, ids_T: Tensor, seed: int) -> str:
+    """A digest of what decides the result, by which a later run knows the files."""
+    digest = hashlib.sha256(f"{mixture.derivation} {mixture.dtype} {options!r} {seed}".encode())
+    digest.update(ids_T.numpy().tobytes())
+    for path in sorted(p for p in dense.path.rglob("*") if p.is_file()):
+        stat = path.stat()
+        digest.update(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
