@@ -1,7 +1,7 @@
 """Continued pretraining of a dense model, of exact mixtures made from it, and of inexact ones: held-out loss by tokens.
 
     python benchmarks/upcycling_training.py run --model smollm2-135m --text '/usr/lib/python3/**/*.py' --out result.json
-    python benchmarks/upcycling_training.py draw result.json docs/pictures/upcycling-training.svg
+    python benchmarks/upcycling_training.py draw result.json docs/pictures/upcycling-training.png
 
 Every variant sees the same tokens in the same order, with the same optimizer and schedule, and is measured on the same
 held-out documents. Variants are upcycled while they are loaded (`model.upcycle` of the recipe); nothing is written.
@@ -137,42 +137,43 @@ def write(options: argparse.Namespace, curves: list[dict[str, Any]]) -> None:
 
 
 def draw(options: argparse.Namespace) -> None:
-    """Draw a result: the first steps, and the whole run."""
+    """Draw a result: every curve on a logarithmic scale, and those near the dense model's on a plain one."""
     import matplotlib
 
-    matplotlib.use("svg")
+    matplotlib.use("agg")
     from matplotlib import pyplot
 
     result = json.loads(options.result.read_text())
-    pyplot.rcParams["svg.hashsalt"] = "ckptbridge"
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
-    drawn = options.variants or [*dict.fromkeys(curve["variant"] for curve in result["curves"])]
-    colours = dict(zip(drawn, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
-    for curve in result["curves"]:
-        if (colour := colours.get(curve["variant"])) is None:
-            continue
+    curves = [curve for curve in result["curves"] if curve["variant"] in (options.variants or VARIANTS)]
+    first_seed, dense = curves[0]["seed"], next(curve for curve in curves if curve["variant"] == "dense")
+    names = [*dict.fromkeys(curve["variant"] for curve in curves)]
+    colours = dict(zip(names, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), dpi=130, layout="constrained")
+    for curve in curves:
         tokens, losses = zip(*curve["held_out"], strict=True)
-        is_first = curve["seed"] == result["curves"][0]["seed"]
+        is_first = curve["seed"] == first_seed
         for axes in (left, right):
             axes.plot(
                 [count / 1e6 for count in tokens],
                 losses,
-                color=colour,
-                linewidth=1.4,
+                color="black" if curve["variant"] == "dense" else colours[curve["variant"]],
+                linewidth=2.2 if curve["variant"] == "dense" else 1.5,
                 linestyle="-" if is_first else "--",
-                label=curve["variant"] if is_first else None,
+                label=f"{curve['variant']}: {losses[0]:.3f} -> {losses[-1]:.3f}" if is_first else None,
             )
-    whole = [loss for curve in result["curves"] if curve["variant"] in colours for _, loss in curve["held_out"][2:]]
-    tokens = max(count for count, _ in result["curves"][0]["held_out"])
-    left.set(xlim=(0, tokens / 8e6), title="the first eighth")
-    right.set(ylim=(min(whole) - 0.02, sorted(whole)[int(0.93 * len(whole))]), title="the whole run")
+    start = dense["held_out"][0][1]
+    left.set(yscale="log", title="all of them")
+    left.set_yticks([1, 1.5, 2, 3, 5, 8, 12], ["1", "1.5", "2", "3", "5", "8", "12"])
+    right.set(
+        ylim=(min(loss for curve in curves for _, loss in curve["held_out"]) - 0.02, start * 1.15),
+        title="near the dense model",
+    )
     for axes in (left, right):
         axes.set(xlabel="million tokens", ylabel="held-out loss, nats a token")
         axes.grid(alpha=0.3)
-    right.legend(fontsize=8)
-    figure.tight_layout()
+    left.legend(fontsize=8, frameon=False)
     options.picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.picture, metadata={"Date": None})
+    figure.savefig(options.picture, metadata={"Software": None})
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from ckptbridge.converters.layout import (
     ROW_TURNED,
     Layout,
 )
+from ckptbridge.converters.reading import watched
 from ckptbridge.converters.tensors import (
     InMemory,
     LazyTensor,
@@ -27,7 +28,6 @@ from ckptbridge.converters.tensors import (
     reshaped,
     rows,
     scaled,
-    watched,
 )
 from ckptbridge.converters.turned import EveryNth, InTurn, turned
 from tests.converters.test_layout import make_config

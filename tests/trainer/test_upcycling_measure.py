@@ -123,7 +123,7 @@ def test_rows_are_the_mean_inputs_of_prompts(text: list[Tensor], tiny_folder: Ti
             row = torch.cat([seen[layer] for seen in positive]).mean(0)
             if negative:
                 row = row - torch.cat([seen[layer] for seen in negative]).mean(0)
-            row = row / row.square().mean().sqrt() * 0.02
+            row = row / row.square().mean().sqrt()  # 8 / sqrt(64), the spread of virtual groups
             rows = measured[layer].router_rows
             assert rows is not None
             assert rows.shape == (3, 64)
