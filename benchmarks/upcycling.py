@@ -95,9 +95,10 @@ def run(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         sys.path.insert(0, str(MEGATRON.resolve()))  # verify's ranks look where this process does
     print(f"{described}; |loss - dense loss| of the worst text:")
     print(f"{'':<34}{'class':<22}{'HF':>10}{'our decoder':>13}{'megatron-core':>15}")
-    cases = {name: exact_case(dense, EXACT[name], options, work / "case") for name in options.only}
-    for name, row in cases.items():
-        print(line(name, row))
+    cases: dict[str, Any] = {}
+    for name in options.only:
+        cases[name] = exact_case(dense, EXACT[name], options, work / "case")
+        print(line(name, cases[name]), flush=True)
     peers: dict[str, Any] = {}
     if not options.no_megatron:
         execute(plan_conversion(dense, work / "mcore", "torch_dist"))

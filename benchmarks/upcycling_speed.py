@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from measuring import (
     RESULTS,
     Measured,
@@ -28,7 +29,9 @@ from measuring import (
     versions,
     write_random_model,
     write_result,
-)
+)from torch import Tensor
+
+from ckptbridge.converters.tensors import Zeros
 
 CASES = {
     "E8G1T2": ["--num-experts", "8", "--topk", "2"],
@@ -55,7 +58,7 @@ def main() -> None:
 
 def run(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     dense, out = work / "dense", work / "out"
-    read = write_random_model(*model_of("llama", options.gb), dense)
+    read = write_random_model(*model_of("llama", options.gb), dense, draw=_initial)
     print(f"a Llama of {read / 1e9:.2f} GB; whole processes, medians of {options.runs}")
     print(f"{'':<26}{'written GB':>11}{'s':>8}{'copy s':>8}{'ratio':>7}{'CPU s':>7}{'peak GiB':>10}")
     rows: dict[str, Any] = {}
@@ -74,6 +77,11 @@ def run(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "dense_nbytes": read,
         "runs": rows,
     }
+
+
+def _initial(tensor: Zeros, generator: torch.Generator) -> Tensor:
+    """Weights as a model begins with: of size 1, rounding would grow from layer to layer."""
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.bfloat16).mul_(0.02)
 
 
 def case(name: str, command: list[str], runs: int, work: Path) -> dict[str, Any]:

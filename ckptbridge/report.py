@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from ckptbridge.converters.convert import ConversionPlan
     from ckptbridge.trainer.verify import VerifyReport
 
@@ -73,7 +75,42 @@ def byte_progress(label: str, hidden: bool) -> Iterator[Callable[[int, int], Non
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as bar:
+    with Progress(*columns, console=err, transient=True) as bar, _shown(bar):
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+_bars: list[Progress] = []
+"""Those on the terminal: rich shows one at a time."""
+
+
+@contextmanager
+def _shown(bar: Progress) -> Iterator[None]:
+    for other in _bars:
+        other.stop()
+    _bars.append(bar)
+    try:
+        yield
+    finally:
+        _bars.remove(bar)
+
+
+@contextmanager
+def layer_progress(label: str, hidden: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar that counts layers, on a terminal; None elsewhere. It takes the place of one that is still shown."""
+    if hidden or not err.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}, layer"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=err, transient=True)
+    with _shown(bar), bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -66,8 +66,10 @@ def upcycle(
     if section.distill is not None and options.rank.world_size > 1:
         raise typer.BadParameter("distillation runs in one process", param_hint="--distill-tokens")
     work = target.with_name(target.name + ".distilled")
-    made = prepared(model, section, None if run.dry_run else work)
-    reporter = Reporter(made, section.probe) if section.report and not run.dry_run else None
+    with report.layer_progress("running the source", hidden=tell.silent) as progress:
+        made = prepared(model, section, None if run.dry_run else work, progress)
+    has_report = section.report and not run.dry_run
+    reporter = Reporter(made, section.probe, hidden=tell.silent) if has_report else None
     plan = plan_conversion(made.mixture, target, form, options)
     if reporter is not None:
         plan = replace(plan, reports=((REPORT_FILE, reporter.file),))

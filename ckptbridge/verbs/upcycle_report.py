@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 class Reporter:
     """Compares the mixture with its source on a text; `found` is there once the conversion asked for the file."""
 
-    def __init__(self, made: Prepared, text: Path | None) -> None:
-        """Raises BadInputError for a text that cannot be used, NotSupportedError for a model that cannot be run."""
+    def __init__(self, made: Prepared, text: Path | None, *, hidden: bool) -> None:
+        """`hidden` shows no progress.
+
+        Raises BadInputError for a text that cannot be used, NotSupportedError for a model that cannot be run.
+        """
         from ckptbridge.converters.errors import NotSupportedError
         from ckptbridge.trainer.computed import COMPUTED, refuse_beyond
         from ckptbridge.trainer.text_ids import read_text, text_ids
@@ -30,16 +33,18 @@ class Reporter:
         except NotSupportedError as error:
             raise NotSupportedError(f"{error}; --no-probe leaves the report out") from error
         words = None if text is None else read_text(text)
-        self._made = made
+        self._made, self._hidden = made, hidden
         self._ids, self._described = text_ids(models, words, PROBE_TOKENS)
         self.found: UpcycleReport | None = None
 
     def file(self) -> bytes:
         """The report as it lies beside the weights."""
+        from ckptbridge.report import layer_progress
         from ckptbridge.trainer.upcycling.report import report
 
         made = self._made
-        self.found = report(made.sources, made.mixture, made.spec, self._ids, self._described)
+        with layer_progress("comparing with the source", self._hidden) as progress:
+            self.found = report(made.sources, made.mixture, made.spec, self._ids, self._described, progress)
         return (json.dumps(self.to_json(), indent=2) + "\n").encode()
 
     def to_json(self) -> dict[str, Any]:

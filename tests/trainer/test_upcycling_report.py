@@ -48,6 +48,28 @@ def reported(dense: Model, tensors: dict[str, LazyTensor] | None = None, **value
     return report(dense, replace(moe, tensors={**moe.tensors, **(tensors or {})}), spec, IDS)
 
 
+def test_rounding_that_grew_over_the_layers_is_no_defect(tiny_folder: TinyFolders) -> None:
+    """A model that amplifies: its logits may differ by more, as long as no layer does by itself."""
+    found = reported(open_model(tiny_folder("llama")))
+
+    def changed(logits: float, layer: int = 0, **differences: float) -> UpcycleReport:
+        layers = [*found.layers]
+        layers[layer] = replace(layers[layer], **differences)
+        return replace(found, layers=tuple(layers), logits=(replace(found.logits[0], max_relative_difference=logits),))
+
+    grown = changed(5e-5)
+    assert grown.passed
+    assert grown.is_grown_rounding
+    assert grown.first_defect is None
+    assert "rounding grows over 4 layers" in lines(grown)[0]
+    assert not changed(2e-3).passed
+    assert not changed(5e-5, layer=2, output_difference=2e-5).passed
+    assert not changed(5e-5, layer=2, output_difference=math.nan).passed
+    assert not changed(5e-5, hidden_difference=2e-5).passed
+    assert changed(5e-5, layer=2, hidden_difference=2e-5).passed
+    assert not found.is_grown_rounding
+
+
 @pytest.mark.parametrize("kind", EXACT)
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_what_is_exact_passes(name: str, kind: str, tiny_folder: TinyFolders) -> None:

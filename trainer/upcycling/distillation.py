@@ -37,7 +37,7 @@ from ckptbridge.trainer.schedule import Schedule
 from ckptbridge.trainer.text_ids import read_text, text_ids, windows
 from ckptbridge.trainer.upcycle_recipe import DistillSection
 from ckptbridge.trainer.upcycling.samples import mlp_input
-from ckptbridge.trainer.upcycling.streaming import fed, stream
+from ckptbridge.trainer.upcycling.streaming import OnProgress, fed, stream
 
 _WINDOW = 512
 """Tokens that attend to each other; shorter where the model is trained on less."""
@@ -69,6 +69,7 @@ def distilled(
     seed: int = 0,
     text: Path | None = None,
     on_layer: OnLayer | None = None,
+    on_progress: OnProgress | None = None,
 ) -> tuple[Model, list[DistilledLayer]]:
     """The mixture with the weights that training gave its layers, which lie in files of `work`, and how each fared.
 
@@ -101,7 +102,7 @@ def distilled(
         return out_TH
 
     with torch.no_grad():
-        stream(dense, sequences, feed)
+        stream(dense, sequences, feed, on_progress=on_progress)
     model = replace(
         mixture, tensors={**mixture.tensors, **found}, derivation=f"{mixture.derivation} distilled {key[:16]}"
     )

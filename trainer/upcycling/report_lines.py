@@ -31,7 +31,12 @@ def _verdict(report: UpcycleReport) -> list[str]:
         told = [f"{report.method} is not exact: {measured}"]
         told += [f"  because {reason}" for reason in report.inexact]
         return told if report.passed else [*told, "DEFECT: the mixture computes numbers that are not finite"]
-    if report.passed:
+    if report.passed and report.is_grown_rounding:
+        told = [
+            f"{report.method} is exact: no layer's own output differs by more than {report.largest_by_itself:.1e}; "
+            f"that rounding grows over {len(report.layers)} layers, and {measured}"
+        ]
+    elif report.passed:
         told = [f"{report.method} is exact: {measured} ({allowed})"]
     else:
         told = [f"DEFECT: {report.method} should be exact, but {measured} ({allowed})"]
