@@ -29,7 +29,8 @@ from measuring import (
     versions,
     write_random_model,
     write_result,
-)from torch import Tensor
+)
+from torch import Tensor
 
 from ckptbridge.converters.tensors import Zeros
 
