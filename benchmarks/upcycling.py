@@ -28,6 +28,7 @@ from smollm2 import texts
 
 from ckptbridge import __version__
 from ckptbridge.converters.convert import plan_conversion
+from ckptbridge.converters.errors import NotSupportedError
 from ckptbridge.converters.execute import execute
 from ckptbridge.converters.mcore.torch_dist_reader import iteration_folder
 from ckptbridge.converters.model import Model, open_model
@@ -136,12 +137,21 @@ def exact_case(dense: Model, spec: dict[str, Any], options: argparse.Namespace, 
             "hf": summary(verify(dense.path, folder / "hf", text, options.tokens) for text in texts().values()),
             "decoder": summary(verify(dense.path, folder / "mcore", text, options.tokens) for text in texts().values()),
         }
-        if not options.no_megatron:
+        if not options.no_megatron and _is_told(mixture):
             row["megatron"] = summary(
                 verify(dense.path, folder / "mcore", text, options.tokens, engine="megatron")
                 for text in texts().values()
             )
     return row
+
+
+def _is_told(mixture: Model) -> bool:
+    """Whether megatron-core's model can be told to compute it: it ranks groups of experts by more than two of them."""
+    try:
+        transformer_config(mixture.config)
+    except NotSupportedError:
+        return False
+    return True
 
 
 def summary(reports: Iterable[VerifyReport]) -> dict[str, Any]:
