@@ -5,31 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
 from ckptbridge.converters.convert import ConvertOptions, plan_conversion
 from ckptbridge.converters.errors import NotSupportedError
 from ckptbridge.converters.execute import execute
-from ckptbridge.converters.model import decoder_tensors, open_model
-from ckptbridge.trainer.loading import check_values, empty_decoder, load_weights
+from ckptbridge.converters.model import open_model
 from ckptbridge.trainer.megatron.config import transformer_config
 from tests.conftest import TinyFolders
 from tests.tiny import reference_logits, token_ids
 from tests.tiny_families import FURTHER
+from tests.trainer.decoder_run import decoder_logits
 
 LOGITS_TOLERANCE = 1e-5
 """Another order of summation costs up to 3e-6 of a logit in these models."""
-
-
-@torch.no_grad()
-def decoder_logits(folder: Path) -> Tensor:
-    """What the decoder computes of a checkpoint of any format."""
-    source = open_model(folder)
-    decoder = empty_decoder(source.config, "reference", torch.float32, torch.device("cpu"))
-    load_weights(decoder, decoder_tensors(source.tensors, source.config))
-    check_values(decoder)
-    return decoder.logits(decoder(token_ids()).hidden_BSH)
 
 
 @pytest.mark.parametrize("name", FURTHER)
