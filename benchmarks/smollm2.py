@@ -10,18 +10,14 @@ computed by transformers on the Hugging Face side and by our decoder on the Mega
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import platform
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
-import torch
 import transformers
+from measuring import RESULTS, command_line, provenance, write_result
 
-from ckptbridge import __version__
 from ckptbridge.converters.convert import ConvertOptions, plan_conversion
 from ckptbridge.converters.execute import execute
 from ckptbridge.converters.model import open_model
@@ -31,7 +27,6 @@ from ckptbridge.converters.upcycling.spec import UpcycleSpec
 from ckptbridge.demo.model import dense_model
 from ckptbridge.trainer.verify import VerifyReport, verify
 
-RESULTS = Path(__file__).parent / "results"
 LICENCES = Path("/usr/share/common-licenses")
 
 
@@ -52,8 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         result = run(Path(name))
     if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "smollm2.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_result("smollm2.json", result)
 
 
 def run(work: Path) -> dict[str, object]:
@@ -76,14 +70,8 @@ def run(work: Path) -> dict[str, object]:
         )
         rows[name] = {"hf_to_megatron": _without_paths(sides), "dense_to_moe": _without_paths(moe)}
     return {
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "versions": {
-            "ckptbridge": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "command": " ".join(["python", "benchmarks/smollm2.py", *sys.argv[1:]]),
+        **provenance(command_line("smollm2.py")),
+        "transformers": transformers.__version__,
         "round_trip": {"tensors": len(there), "bit_identical": identical},
         "losses": rows,
     }

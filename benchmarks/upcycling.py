@@ -11,10 +11,8 @@ command are in upcycling_speed.py.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,11 +20,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
+from measuring import RESULTS, command_line, provenance, write_result
 from smollm2 import texts
 
-from ckptbridge import __version__
 from ckptbridge.converters.convert import plan_conversion
 from ckptbridge.converters.errors import NotSupportedError
 from ckptbridge.converters.execute import execute
@@ -40,7 +37,6 @@ from ckptbridge.trainer.megatron.config import transformer_config
 from ckptbridge.trainer.tokens import load_tokenizer
 from ckptbridge.trainer.verify import VerifyReport, verify
 
-RESULTS = Path(__file__).parent / "results"
 MEGATRON = Path(".cache/megatron-core-0.19.2")
 TOKENS = 1024
 
@@ -85,8 +81,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         result = run(options, Path(name))
     if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "upcycling.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_result("upcycling.json", result)
 
 
 def run(options: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -110,16 +105,9 @@ def run(options: argparse.Namespace, work: Path) -> dict[str, Any]:
                 peers[label] = rows = peer(dense, numbers, pre_softmax, options, work)
                 print(f"{label:<34}" + "   ".join(f"{r['dense_loss']:.4f} -> {r['mixture_loss']:.4f}" for r in rows))
     return {
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "versions": {
-            "ckptbridge": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "megatron-core": None if options.no_megatron else "0.19.2",
-        },
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "command": " ".join(["python", "benchmarks/upcycling.py", *sys.argv[1:]]),
+        **provenance(command_line("upcycling.py")),
+        "transformers": transformers.__version__,
+        "megatron-core": None if options.no_megatron else "0.19.2",
         "exact": cases,
         "megatron_upcycling": peers,
     }
