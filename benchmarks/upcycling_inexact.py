@@ -4,7 +4,7 @@
 
 Each mixture is a view; source and mixture run side by side, layer by layer, in fp32 (trainer/upcycling/probe.py).
 Calibration sees other text than the probe: half of Python's statistics.py against the other half and a licence.
-`--distill N` adds the clustered split distilled on N tokens a layer, of the calibration text.
+`--distill N` adds the random split distilled on N tokens a layer, of the calibration text.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ PROBE_TOKENS = 1024
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[*CASES], choices=[*CASES], metavar="CASE")
-    parser.add_argument("--distill", type=int, metavar="TOKENS", help="also train the clustered split so long")
+    parser.add_argument("--distill", type=int, metavar="TOKENS", help="also train the random split so long")
     parser.add_argument("--write", action="store_true", help=f"write the result into {RESULTS.name}/")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -63,10 +63,10 @@ def main() -> None:
         calibration, sequences = texts(dense, work)
         cases = {label: CASES[label] for label in options.only}
         if options.distill:
-            told = f"split, clustering, distilled on {options.distill} tokens"
-            cases[told] = {**CASES["split, clustering"], "distill": {"tokens": options.distill}}
+            told = f"split, random, distilled on {options.distill} tokens"
+            cases[told] = {**CASES["split, random, factor measured"], "distill": {"tokens": options.distill}}
         print(f"{described}, {sum(map(len, sequences))} tokens")
-        rows = {label: measured(dense, case, calibration, sequences, work) for label, case in cases.items()}
+        rows = {label: measured(dense, label, case, calibration, sequences, work) for label, case in cases.items()}
     if options.write:
         said = {"machine": machine_in_words(), "command": command_line("upcycling_inexact.py")}
         write_result("upcycling-inexact.json", {**versions(), **said, "cases": rows})
@@ -85,13 +85,12 @@ def texts(dense: Model, work: Path) -> tuple[Path, list[torch.Tensor]]:
 
 
 def measured(
-    dense: Model, case: dict[str, Any], calibration: Path, sequences: list[torch.Tensor], work: Path
+    dense: Model, label: str, case: dict[str, Any], calibration: Path, sequences: list[torch.Tensor], work: Path
 ) -> dict[str, Any]:
     """One method's layers and loss, printed as a line."""
     values = {**case, "report": False}
     if values.pop("calibrate", False):
         values["calibrate"] = str(calibration)
-    label = next((name for name, known in CASES.items() if known == case), "distilled")
     with tempfile.TemporaryDirectory(dir=work) as name:
         made = prepared(dense, parse_section(UpcycleSection, values, label), Path(name))
         found = probe(made.sources, made.mixture, sequences)
