@@ -5,7 +5,7 @@
 | reference          | the definition, in plain torch, one operation after another  | everywhere                       |
 | torch              | the best torch itself offers: torch.compile of the reference | GPU; CPU with a C++ compiler     |
 | triton             | the kernels of this package                                  | GPU; CPU with TRITON_INTERPRET=1 |
-| transformer_engine | NVIDIA's kernels                                             | not wired yet                    |
+| transformer_engine | NVIDIA's modules as a decoder's layers; triton beside them   | GPU with Transformer Engine      |
 
 A kernel file imports `jit` and `tl` from here and never Triton itself: without Triton both are stand-ins, so that every
 file still imports and its reference still runs, and asking for the triton backend fails with a sentence.
@@ -14,6 +14,8 @@ file still imports and its reference still runs, and asking for the triton backe
 from __future__ import annotations
 
 import functools
+import importlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
@@ -63,7 +65,7 @@ def choose_backend(name: Backend | Literal["auto"], device: torch.device | str) 
     """
     device = torch.device(device)
     if name != "auto":
-        require_backend(name, device)
+        _require(name, device)
         return BackendChoice(name=name, device=device, reason="asked for by name")
     if device.type != "cuda":
         reason = "auto: without a GPU the definition itself is run"
@@ -74,7 +76,21 @@ def choose_backend(name: Backend | Literal["auto"], device: torch.device | str) 
 
 
 def require_backend(name: Backend, device: torch.device) -> None:
-    """Return when backend `name` can run on tensors of `device`; say what can when it cannot."""
+    """Return when backend `name` can run an operation on tensors of `device`; say what can when it cannot."""
+    if name == "transformer_engine":
+        raise BackendError(
+            "backend transformer_engine has a decoder's layers and no single operations. Give operations what "
+            "operations_backend makes of it."
+        )
+    _require(name, device)
+
+
+def operations_backend(name: str) -> str:
+    """What a decoder of backend `name` gives to the operations of this package that it calls."""
+    return "triton" if name == "transformer_engine" else name
+
+
+def _require(name: Backend, device: torch.device) -> None:
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; found {name!r}")
     if (why_not := obstacle(name, device)) is not None:
@@ -85,7 +101,9 @@ def require_backend(name: Backend, device: torch.device) -> None:
 def obstacle(name: Backend, device: torch.device) -> str | None:
     """Why backend `name` cannot run on `device`, as a clause; None when it can."""
     if name == "transformer_engine":
-        return "it is not wired in this version"
+        if device.type != "cuda":
+            return f"its kernels are written for CUDA, not for {device.type}"
+        return _transformer_engine_fault() or obstacle("triton", device)
     if name == "torch" and device.type == "cuda" and tl is None:
         return "torch.compile needs Triton on a GPU, and Triton is not installed"
     if name != "triton":
@@ -103,6 +121,21 @@ def obstacle(name: Backend, device: torch.device) -> str | None:
             return None
         return "Triton runs on a CPU only with TRITON_INTERPRET=1 in the environment before the first import"
     return f"its kernels are written for CUDA, not for {device.type}"
+
+
+@functools.cache
+def _transformer_engine_fault() -> str | None:
+    """Why Transformer Engine cannot be imported, as a clause. Importing loads its libraries, so it is done once."""
+    try:
+        with warnings.catch_warnings():  # of a package that is only looked at
+            warnings.simplefilter("ignore")
+            importlib.import_module("transformer_engine.pytorch")
+    except ImportError as error:
+        return f"Transformer Engine cannot be imported ({error}); pip install transformer-engine[pytorch]"
+    except (OSError, RuntimeError, AssertionError) as error:
+        # Its libraries belong to one version of torch, cuBLAS and cuDNN, and say so when they are loaded.
+        return f"Transformer Engine is installed and does not load ({str(error).strip().splitlines()[0]})"
+    return None
 
 
 @functools.cache

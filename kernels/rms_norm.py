@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ckptbridge.kernels.arguments import check_shape, check_tensor
 from ckptbridge.kernels.backend import Backend, compiled, jit, num_multiprocessors, require_backend, tl
+from ckptbridge.kernels.main_gradient import main_gradient_of
 
 # A row lives in the registers of one program. In the backward pass ptxas spills 18 of them at 16384 and 106 at 32768.
 MAX_WIDTH = 16384
@@ -107,7 +108,8 @@ def rms_norm(
     """Normalise each row of x, or of x + residual; with a residual also return that sum, the new residual stream.
 
     x and residual: [..., H], contiguous, fp32 or bf16, of one dtype and shape. weight: [H], fp32 or bf16.
-    Returns normed, or (normed, summed), in the dtype and shape of x. Every input and both outputs carry gradients.
+    Returns normed, or (normed, summed), in the dtype and shape of x. Every input and both outputs carry gradients; of
+    the triton backend the weight's goes to its main gradient where it has one.
     `config` overrides the launch knobs of the triton backend. Raises ValueError for arguments that do not fit
     and BackendError when `backend` cannot run on the device of x.
     """
@@ -156,6 +158,7 @@ class _RmsNorm(torch.autograd.Function):
             )
         ctx.config = config
         ctx.has_residual = residual is not None
+        ctx.main_gradient = main_gradient_of(weight)
         ctx.set_materialize_grads(False)  # an output nobody used costs no pass over zeros
         ctx.save_for_backward(summed, weight, inverse_rms)
         return (normed, summed) if ctx.has_residual else normed
@@ -196,7 +199,11 @@ class _RmsNorm(torch.autograd.Function):
                 num_warps=config.num_warps_backward,
             )
         # One row of sums a program and a fixed order of rows and of this sum: the same bits at every run on a device.
-        dweight = None if partial_dweight is None else partial_dweight.sum(0).to(weight.dtype)
+        dweight = None if partial_dweight is None else partial_dweight.sum(0)
+        if dweight is not None and ctx.main_gradient is not None:
+            ctx.main_gradient.add(dweight)
+            dweight = None
+        dweight = None if dweight is None else dweight.to(weight.dtype)
         return dx, dweight, None, dx if ctx.has_residual else None, None
 
 

@@ -5,7 +5,8 @@ silu(gate_proj) to bf16, before the product; in fp32 the two are equal.)
 
 Memory-bound. Floor, in passes of R x F over HBM: forward 3 (read gate_proj and up_proj, write out), backward 5 (read
 gate_proj, up_proj and the gradient of out, write both halves of the gradient of x). Nothing but x is kept for the
-backward pass, which computes the sigmoid again: cheaper than 2 more passes, and x is left as it was.
+backward pass, which computes the sigmoid again: cheaper than 2 more passes. x is left as it was, unless the caller
+gives it away: then its gradient takes its place, and the backward pass allocates nothing.
 """
 
 # Shapes: R rows (tokens, or routed rows), F the width of a half (ffn_hidden_size, moe_ffn_hidden_size).
@@ -50,12 +51,15 @@ def swiglu_reference(x: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate_proj) * up_proj).to(x.dtype)
 
 
-def swiglu(x: Tensor, *, backend: Backend = "reference", config: SwigluConfig | None = None) -> Tensor:
+def swiglu(
+    x: Tensor, *, overwrites_x: bool = False, backend: Backend = "reference", config: SwigluConfig | None = None
+) -> Tensor:
     """silu of the first half of each row times the second half.
 
-    x: [..., 2F], contiguous, fp32 or bf16. Returns [..., F] in the dtype of x. `config` overrides the launch knobs
-    of the triton backend. Raises ValueError for an argument that does not fit and BackendError when `backend` cannot
-    run on the device of x.
+    x: [..., 2F], contiguous, fp32 or bf16. Returns [..., F] in the dtype of x. `overwrites_x` lets the triton backend
+    write the gradient of x over x in the backward pass: for an x that nothing reads after that, and a graph that is
+    gone through once (a second time is torch's own error). `config` overrides the launch knobs of the triton backend.
+    Raises ValueError for an argument that does not fit and BackendError when `backend` cannot run on the device of x.
     """
     check_tensor("swiglu", "x", x)
     if x.ndim == 0 or x.shape[-1] < 2 or x.shape[-1] % 2:
@@ -68,15 +72,15 @@ def swiglu(x: Tensor, *, backend: Backend = "reference", config: SwigluConfig | 
         return swiglu_reference(x)
     if backend == "torch":
         return compiled(swiglu_reference)(x)
-    return _Swiglu.apply(x, config or SwigluConfig.from_shape(x.shape[-1] // 2))
+    return _Swiglu.apply(x, overwrites_x, config or SwigluConfig.from_shape(x.shape[-1] // 2))
 
 
 class _Swiglu(torch.autograd.Function):
-    """The triton backend. Keeps x alone and never writes into it."""
+    """The triton backend. Keeps x alone."""
 
     @staticmethod
-    def forward(ctx, x, config):
-        ctx.config = config
+    def forward(ctx, x, overwrites_x, config):
+        ctx.config, ctx.overwrites_x = config, overwrites_x
         ctx.save_for_backward(x)
         out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
         _launch(_forward_kernel, config, out.shape[-1], x, out)
@@ -86,9 +90,11 @@ class _Swiglu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         (x,) = ctx.saved_tensors
-        dx = torch.empty_like(x)
+        dx = x.detach() if ctx.overwrites_x else torch.empty_like(x)
         _launch(_backward_kernel, ctx.config, d_out.shape[-1], x, d_out.contiguous(), dx)
-        return dx, None
+        if ctx.overwrites_x:
+            torch.autograd.graph.increment_version(x)  # the kernel wrote behind autograd's back
+        return dx, None, None
 
 
 def _launch(kernel, config: SwigluConfig, F: int, x: Tensor, *others: Tensor) -> None:

@@ -25,9 +25,12 @@ def _interpret_triton() -> None:
     # In the order of their imports: tl.sum and tl.sigmoid are decorated functions, which triton.language re-exports.
     importlib.reload(triton.language.standard)
     importlib.reload(triton.language)
-    for module in [module for name, module in sys.modules.items() if name.startswith("ckptbridge.kernels.")]:
-        if any(isinstance(value, triton.JITFunction) for value in vars(module).values()):
-            importlib.reload(module)
+    kernels = [module for name, module in sys.modules.items() if name.startswith("ckptbridge.kernels.")]
+    # A file that imports a kernel may be reloaded before the file that the kernel is from: it needs another round.
+    for _ in kernels:
+        for module in kernels:
+            if any(isinstance(value, triton.JITFunction) for value in vars(module).values()):
+                importlib.reload(module)
 
 
 if not torch.cuda.is_available():

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from ckptbridge.kernels.backend import BackendError, choose_backend, compiled, require_backend
+from ckptbridge.kernels.backend import BackendError, choose_backend, compiled, operations_backend, require_backend
 from ckptbridge.kernels.swiglu import swiglu, swiglu_reference
 
 
@@ -27,12 +27,16 @@ def test_auto_takes_the_definition_without_a_gpu_and_triton_with_one(device):
     assert choose_backend("auto", device).name == ("triton" if device.type == "cuda" else "reference")
 
 
-def test_unwired_backend_names_those_that_run(device):
-    expected = r"transformer_engine cannot run on .*: it is not wired .* Available here: reference, torch, triton\."
+def test_transformer_engine_needs_a_gpu():
+    expected = r"transformer_engine cannot run on cpu: .* not for cpu\. Available here: reference, torch"
     with pytest.raises(BackendError, match=expected):
-        choose_backend("transformer_engine", device)
-    with pytest.raises(BackendError, match=expected):
+        choose_backend("transformer_engine", "cpu")
+
+
+def test_transformer_engine_is_no_backend_of_an_operation(device):
+    with pytest.raises(BackendError, match="no single operations"):
         swiglu(torch.zeros(2, 8, device=device), backend="transformer_engine")
+    assert [operations_backend(name) for name in ("reference", "transformer_engine")] == ["reference", "triton"]
 
 
 def test_triton_is_refused_where_it_has_no_kernels():

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from ckptbridge.kernels.main_gradient import MainGradient, set_main_gradient
 from ckptbridge.kernels.rms_norm import RmsNormConfig, rms_norm, rms_norm_reference
 from tests.kernels.cases import BF16, FP32, REAL_RMS_NORM, SMALL_RMS_NORM, RmsNormCase
 from tests.kernels.oracle_rms_norm import check_rms_norm, rms_norm_inputs
@@ -68,6 +69,18 @@ def test_repeated_backward_gives_the_same_bits(device):
         torch.autograd.grad(outputs, given.leaves, given.output_gradients, retain_graph=True) for _ in range(2)
     )
     assert all(map(torch.equal, first, second))
+
+
+def test_weight_adds_to_its_main_gradient(device):
+    case = RmsNormCase(R=40, H=130, dtype=FP32, weight_dtype=FP32, has_residual=False)
+    given = rms_norm_inputs(case, device)
+    (expected,) = torch.autograd.grad(rms_norm(given.x, given.weight, 1e-5), given.weight, given.d_normed)
+    main = MainGradient(torch.full((130,), float("nan"), device=device))
+    set_main_gradient(given.weight, main)
+    for _ in range(2):
+        rms_norm(given.x, given.weight, 1e-5, backend="triton").backward(given.d_normed)
+    assert given.weight.grad is None
+    torch.testing.assert_close(main.finish(), 2 * expected)
 
 
 @pytest.mark.parametrize("used", [0, 1], ids=["normed", "summed"])

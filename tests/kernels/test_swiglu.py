@@ -51,6 +51,21 @@ def test_expanded_gradient_and_leading_dimensions(device):
     torch.testing.assert_close(*(torch.autograd.grad(out.sum(), x)[0] for out in (actual, expected)))
 
 
+def test_a_gradient_in_the_place_of_the_input(device):
+    """The same bits as in memory of its own, and no second pass through what is no longer there."""
+    given = swiglu_inputs(SwigluCase(R=9, F=96), device)
+    (expected,) = torch.autograd.grad(swiglu(given.x, backend="triton"), given.x, given.d_out)
+    x = given.x.detach().clone()
+    fc1 = x.requires_grad_() * 1  # as a matrix product gives it: nobody's leaf
+    where = fc1.data_ptr()
+    out = swiglu(fc1, overwrites_x=True, backend="triton")
+    (dx,) = torch.autograd.grad(out, fc1, given.d_out, retain_graph=True)
+    assert dx.data_ptr() == where
+    assert torch.equal(dx, expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out, fc1, given.d_out)
+
+
 # Planted faults: each computes something else than the definition, and the oracle must say so.
 
 

@@ -1,0 +1,118 @@
+"""The grouped products whose warps have roles, on a Hopper GPU: against fp64, as the other kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from ckptbridge.kernels.grouped_config import GroupedConfig
+from ckptbridge.kernels.grouped_gemm import grouped_matmul, grouped_weight_gradient
+from ckptbridge.kernels.grouped_tiles import hopper_kernels
+from ckptbridge.kernels.swiglu import swiglu_reference
+from tests.kernels.cases import random_tensor
+from tests.kernels.cases_grouped import SMALL, GroupedCase
+from tests.kernels.oracle_grouped import check_matmul, check_weight_gradient, ends_of, rows_of
+from tests.kernels.tolerances import assert_close
+
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+# Several tiles for every multiprocessor, of many steps and of none, and a last wave that is not full.
+MANY = GroupedCase(counts=(700, 0, 1, 2049, 128, 5000, 0, 333), K=1096, N=1544, unused=77)
+CASES = [SMALL[0], SMALL[2], SMALL[3], MANY]
+KNOBS = {
+    "narrow": GroupedConfig(block_rows=128, block_columns=64, num_stages=3, group=2, engine="gluon"),
+    "wide": GroupedConfig(block_rows=128, block_columns=256, num_stages=4, parts=2, engine="gluon"),
+    "wide, one half ahead": GroupedConfig(
+        block_rows=128, block_columns=256, num_stages=4, parts=2, lead=2, engine="gluon"
+    ),
+    "high": GroupedConfig(block_rows=256, block_columns=128, num_stages=3, parts=2, lead=1, engine="gluon"),
+}
+on_hopper = pytest.mark.parametrize("knobs", KNOBS.values() if ON_HOPPER else [], ids=KNOBS.keys() if ON_HOPPER else [])
+
+
+@on_hopper
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matmul_equals_fp64(case, transposed, knobs, device):
+    assert hopper_kernels(knobs, torch.empty(1, case.K, device=device).bfloat16()), "the Triton kernels would run"
+    check_matmul(partial(grouped_matmul, backend="triton", config=knobs), case, device, transposed=transposed)
+
+
+@on_hopper
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_weight_gradient_equals_fp64(case, accumulate, knobs, device):
+    operation = partial(grouped_weight_gradient, backend="triton", config=knobs)
+    check_weight_gradient(operation, case, device, accumulate=accumulate)
+
+
+@on_hopper
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_swiglu_is_that_of_the_product(case, knobs, device):
+    from ckptbridge.kernels.grouped_hopper_swiglu import launch_swiglu  # here: it imports Gluon
+
+    generator = torch.Generator(device).manual_seed(0)
+    a = rows_of(case, case.K, generator, gathered=False).given
+    weight = random_tensor((len(case.counts), 2 * case.N, case.K), torch.bfloat16, generator, scale=case.K**-0.5)
+    ends_E, used = ends_of(case, device), sum(case.counts)
+    h, hidden = (torch.full((case.R, width), torch.nan, device=device).bfloat16() for width in (2 * case.N, case.N))
+    knobs = replace(knobs, block_columns=max(knobs.block_columns, 128))  # a part of either half
+    launch_swiglu(a, weight, ends_E, h, hidden, config=knobs)
+    product = grouped_matmul(a, weight, ends_E, transposed=True, backend="triton", config=knobs)
+    assert torch.equal(h[:used], product[:used])
+    expected = swiglu_reference(h[:used].double())
+    assert_close("hidden units", hidden[:used], expected, roundings=1, noise=expected.abs() * 2**-20 + 1e-30)
+    assert h[used:].isnan().all()
+    assert hidden[used:].isnan().all()
+
+
+@on_hopper
+def test_gradient_in_bf16(knobs, device):
+    operation = partial(grouped_weight_gradient, backend="triton", config=knobs)
+    check_weight_gradient(operation, MANY, device, dtype=torch.bfloat16)
+
+
+@on_hopper
+def test_same_numbers_in_every_run(knobs, device):
+    generator = torch.Generator(device).manual_seed(0)
+    d, x = (torch.randn(3000, 640, device=device, generator=generator).bfloat16() for _ in range(2))
+    weight = torch.randn(3, 640, 640, device=device, generator=generator).bfloat16()
+    ends_E = torch.tensor([90, 90, 2900], device=device, dtype=torch.int32)
+    gradients = torch.zeros(5, 3, 640, 640, device=device)
+    products = []
+    for gradient in gradients:
+        for _ in range(3):
+            grouped_weight_gradient(d, x, ends_E, gradient, accumulate=True, backend="triton", config=knobs)
+        products.append(grouped_matmul(x, weight, ends_E, transposed=True, backend="triton", config=knobs)[:2900])
+    for gradient, product in zip(gradients, products, strict=True):
+        assert torch.equal(gradient, gradients[0])
+        assert torch.equal(product, products[0])
+
+
+@on_hopper
+def test_captured_in_a_graph_it_follows_the_ends(knobs, device):
+    a, d = (torch.randn(1000, width, device=device).bfloat16() for width in (72, 136))
+    weight = torch.randn(4, 136, 72, device=device).bfloat16()
+    ends_E = torch.zeros(4, dtype=torch.int32, device=device)
+    gradient = torch.empty(4, 136, 72, device=device)
+
+    def both() -> torch.Tensor:
+        grouped_weight_gradient(d, a, ends_E, gradient, accumulate=False, backend="triton", config=knobs)
+        return grouped_matmul(a, weight, ends_E, transposed=True, backend="triton", config=knobs)
+
+    both()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = both()
+    for counts in ((50, 0, 640, 310), (1000, 0, 0, 0), (0, 1, 998, 1)):
+        ends_E.copy_(torch.tensor(counts).cumsum(0))
+        graph.replay()
+        begin = 0
+        for expert, count in enumerate(counts):
+            rows = slice(begin, begin + count)
+            begin += count
+            torch.testing.assert_close(out[rows], a[rows] @ weight[expert].t(), rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(gradient[expert], d[rows].float().t() @ a[rows].float(), rtol=1e-3, atol=1e-3)
