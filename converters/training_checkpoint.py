@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ckptbridge.converters.convert import GIGABYTE, config_json
@@ -26,7 +27,7 @@ from ckptbridge.converters.mcore.torch_dist_writer import TorchDistWriter
 from ckptbridge.converters.model import HF_SIDE_FOLDER, Model, decoder_tensors, expert_tensors, open_model
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.parallel_layout import ParallelLayout
-from ckptbridge.converters.tensors import Checkpoint, InMemory
+from ckptbridge.converters.tensors import Checkpoint, InMemory, cast
 
 _OWN = frozenset(("args", "checkpoint_version", "content_metadata", "iteration", "ckptbridge"))
 
@@ -52,8 +53,9 @@ def save_training_checkpoint(
 ) -> Path:
     """Write `root/iter_0000123`, then point the tracker at it. Returns the folder.
 
-    `weights` and each of `optimizer`'s states are by decoder name (experts stacked); `common` holds plain
-    Python values. The folder takes its name when it is whole: a killed save leaves `iter_*.partial` only.
+    `weights` and each of `optimizer`'s states are by decoder name (experts stacked); states are written in fp32.
+    `common` holds plain Python values. The folder takes its name when it is whole: a killed save leaves
+    `iter_*.partial` only.
     Raises StorageError when the disk fails, BadInputError when the tensors do not fit the model's config.
     """
     if clash := _OWN & set(common):
@@ -75,6 +77,8 @@ def save_training_checkpoint(
     )
     for state, tensors in (("", weights), *optimizer.items()):
         held = {name: InMemory(tensor) for name, tensor in tensors.items()}
+        if state:  # moments that are kept in bf16 lose nothing, and who resumes need not know of them
+            held = {name: cast(tensor, torch.float32) for name, tensor in held.items()}
         writer.add_model(expert_tensors(held, model.family, model.config), state)
     args = writer.args()
     args.iteration = iteration

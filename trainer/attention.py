@@ -1,10 +1,12 @@
 """Causal self-attention over grouped queries, in Megatron-Core's packed layout.
 
-Shapes: B batch, S sequence, H hidden_size, N heads, G query groups, P heads a group, D head dim, R channels that turn.
+Shapes: B batch, S sequence, H hidden_size, N heads, G query groups, P heads a group, X = P + 2 with its key and value,
+D head dim, R pairs of channels that turn.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ckptbridge.converters.model_config import ModelConfig
-from ckptbridge.trainer.norm import LinearNorm, Norm, NormLinear
-from ckptbridge.trainer.rope import rope_table, rotate
+from ckptbridge.kernels.rope import MAX_HEAD_DIM, rotate, split_qkv
+from ckptbridge.trainer.attention_kernels import AttentionKernels
+from ckptbridge.trainer.norm import LinearNorm, Norm, NormLinear, is_plain_rms_norm
+from ckptbridge.trainer.rope import rope_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +33,12 @@ class Positions:
     """True at [query, key] where a sliding window lets the query see the key; None when causal order is all."""
 
 
+@functools.lru_cache(maxsize=8)
 def positions(config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> Positions:
-    """Positions [0, length) of a model; the window's mask only where the window is shorter than the sequence."""
+    """Positions [0, length) of a model; the window's mask only where the window is shorter than the sequence.
+
+    Kept from call to call: they come from the host, which no CUDA graph can repeat. Nobody may write into them.
+    """
     cos, sin = rope_table(config, length, device, dtype)
     is_local_other = config.local_rotary_base is not None
     local = rope_table(config, length, device, dtype, is_local=True) if is_local_other else (cos, sin)
@@ -50,7 +58,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, number: int, backend: str) -> None:
         super().__init__()
-        self.config, self.has_window = config, config.has_window(number)
+        self.config, self.backend, self.has_window = config, backend, config.has_window(number)
+        self.splits_at_once = _splits_at_once(config)
         rows = (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels
         self.linear_qkv = NormLinear(config.hidden_size, rows, config, backend, bias=config.add_qkv_bias)
         if config.qk_layernorm:
@@ -66,28 +75,44 @@ class SelfAttention(nn.Module):
             bias=config.add_proj_bias,
         )
 
-    def forward(self, x_BSH: Tensor, where: Positions) -> Tensor:
-        """What attention adds to the residual stream, [B, S, H]; the norm before it is applied here."""
+    def forward(self, normed_BSH: Tensor, where: Positions) -> Tensor:
+        """What attention adds to the residual stream, [B, S, H], of what the norm of `linear_qkv` gave."""
         config = self.config
-        per_group = config.heads_per_group
-        qkv = self.linear_qkv(x_BSH).unflatten(2, (config.num_query_groups, per_group + 2, config.kv_channels))
-        q, k, v = qkv.split((per_group, 1, 1), dim=3)
-        q, k, v = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
-        if config.qk_layernorm and config.qk_layernorm_whole:
-            q = self.q_layernorm(q.flatten(2)).view_as(q)
-            k = self.k_layernorm(k.flatten(2)).view_as(k)
-        elif config.qk_layernorm:
-            q, k = self.q_layernorm(q.contiguous()), self.k_layernorm(k.contiguous())
+        heads = (config.num_query_groups, config.heads_per_group + 2, config.kv_channels)
+        qkv_BSGXD = self.linear_qkv.product(normed_BSH).unflatten(2, heads)
         cos_SR, sin_SR = where.cos_SR, where.sin_SR
         if self.has_window:
             cos_SR, sin_SR = where.local_cos_SR, where.local_sin_SR
+        q_BSND, k_BSGD, v_BSGD = self._split(qkv_BSGXD, cos_SR, sin_SR)
         out_BNSD = self.core_attention(
-            rotate(q.transpose(1, 2), cos_SR, sin_SR),
-            rotate(k.transpose(1, 2), cos_SR, sin_SR),
-            v.transpose(1, 2),
+            q_BSND.transpose(1, 2),
+            k_BSGD.transpose(1, 2),
+            v_BSGD.transpose(1, 2),
             where.window_SS if self.has_window else None,
         )
         return self.linear_proj(out_BNSD.transpose(1, 2).flatten(2))
+
+    def _split(self, qkv_BSGXD: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normed and turned, and values."""
+        config = self.config
+        if self.splits_at_once:
+            weights = (self.q_layernorm.weight, self.k_layernorm.weight) if config.qk_layernorm else (None, None)
+            return split_qkv(qkv_BSGXD, cos_SR, sin_SR, *weights, config.layernorm_epsilon, backend=self.backend)
+        q, k, v = qkv_BSGXD.split((config.heads_per_group, 1, 1), dim=3)
+        q_BSND, k_BSGD, v_BSGD = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
+        if config.qk_layernorm and config.qk_layernorm_whole:
+            q_BSND = self.q_layernorm(q_BSND.flatten(2)).view_as(q_BSND)
+            k_BSGD = self.k_layernorm(k_BSGD.flatten(2)).view_as(k_BSGD)
+        elif config.qk_layernorm:
+            q_BSND, k_BSGD = self.q_layernorm(q_BSND.contiguous()), self.k_layernorm(k_BSGD.contiguous())
+        cos, sin = cos_SR[:, None], sin_SR[:, None]
+        return rotate(q_BSND, cos, sin), rotate(k_BSGD, cos, sin), v_BSGD
+
+
+def _splits_at_once(config: ModelConfig) -> bool:
+    """Whether one kernel norms and turns: no norm, or Llama's RMSNorm of each head."""
+    turns = 2 <= config.rotary_dim <= config.kv_channels <= MAX_HEAD_DIM and config.rotary_dim % 2 == 0
+    return turns and (not config.qk_layernorm or (not config.qk_layernorm_whole and is_plain_rms_norm(config)))
 
 
 class CoreAttention(nn.Module):
@@ -100,6 +125,7 @@ class CoreAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.scale, self.cap = config.softmax_scale, config.attn_logit_softcapping
+        self.kernels = AttentionKernels()
         learnable = config.softmax_type == "learnable"
         self.register_parameter(
             "softmax_offset", nn.Parameter(torch.empty(config.num_attention_heads)) if learnable else None
@@ -107,13 +133,14 @@ class CoreAttention(nn.Module):
 
     def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window_SS: Tensor | None) -> Tensor:
         """Causal attention [B, N, S, D of the values]; `window_SS` is True where a query sees a key."""
+        if self.softmax_offset is None and self.cap is None and window_SS is None:
+            return self.kernels.causal(q_BNSD, k_BGSD, v_BGSD, self.scale)
         if self.softmax_offset is None and self.cap is None:
             return F.scaled_dot_product_attention(
                 q_BNSD,
                 k_BGSD,
                 v_BGSD,
                 attn_mask=window_SS,
-                is_causal=window_SS is None,
                 scale=self.scale,
                 enable_gqa=q_BNSD.shape[1] > k_BGSD.shape[1],
             )
@@ -131,3 +158,10 @@ class CoreAttention(nn.Module):
             scores = torch.cat((scores, sinks), -1)
         weights_BGPSS = scores.softmax(-1)[..., :length].to(v_BGSD.dtype)
         return torch.matmul(weights_BGPSS, v_BGSD[:, :, None]).flatten(1, 2)
+
+
+def use_attention(decoder: nn.Module, kernels: AttentionKernels) -> None:
+    """From now on the decoder's causal attention is computed by `kernels`."""
+    for module in decoder.modules():
+        if isinstance(module, CoreAttention):
+            module.kernels = kernels

@@ -35,3 +35,4 @@ class FurtherLayers(nn.Module):
             )
             for number in range(config.mtp_num_layers)
         )
+        self.requires_grad_(False)

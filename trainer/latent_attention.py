@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.rope_scaling import YarnRopeScaling
+from ckptbridge.kernels.rope import rotate
 from ckptbridge.trainer.attention import Positions
+from ckptbridge.trainer.linear import Linear
 from ckptbridge.trainer.norm import NormLinear
-from ckptbridge.trainer.rope import magnitude, rotate
+from ckptbridge.trainer.rope import magnitude
 
 
 class LatentAttention(nn.Module):
@@ -30,13 +32,13 @@ class LatentAttention(nn.Module):
         latent, value = config.kv_lora_rank or 0, config.v_head_dim or 0
         self.widths = (still, turned, value)
         if config.q_lora_rank is None:
-            self.linear_q_proj = nn.Linear(config.hidden_size, heads * config.kv_channels, bias=False)
+            self.linear_q_proj = Linear(config.hidden_size, heads * config.kv_channels, bias=False)
         else:
-            self.linear_q_down_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+            self.linear_q_down_proj = Linear(config.hidden_size, config.q_lora_rank, bias=False)
             self.linear_q_up_proj = NormLinear(config.q_lora_rank, heads * config.kv_channels, config, backend)
-        self.linear_kv_down_proj = nn.Linear(config.hidden_size, latent + turned, bias=False)
+        self.linear_kv_down_proj = Linear(config.hidden_size, latent + turned, bias=False)
         self.linear_kv_up_proj = NormLinear(latent, heads * (still + value), config, backend)
-        self.linear_proj = nn.Linear(heads * value, config.hidden_size, bias=False)
+        self.linear_proj = Linear(heads * value, config.hidden_size, bias=False)
 
     def forward(self, x_BSH: Tensor, where: Positions) -> Tensor:
         """What attention adds to the residual stream, [B, S, H], of a normed x."""

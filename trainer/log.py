@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from ckptbridge.converters.disk import write_file
-from ckptbridge.trainer.step import BatchResult
+from ckptbridge.trainer.update import StepReading
 
 
 class StepLog:
@@ -39,7 +40,7 @@ def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
-def load_summary(result: BatchResult, whole: bool) -> dict[str, Any]:
+def load_summary(result: StepReading, whole: bool) -> dict[str, Any]:
     """Per layer, the least and the most loaded expert's share of the choices; all shares if `whole`. 1/E is even."""
     if not result.expert_load:
         return {}
@@ -51,6 +52,15 @@ def load_summary(result: BatchResult, whole: bool) -> dict[str, Any]:
     if whole:
         summary["fraction"] = [[round(share, 4) for share in load] for load in result.expert_load.values()]
     return {"aux_loss": result.aux_loss, "expert_load": summary}
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """What a GPU has left; 0 on a CPU, where nothing is planned."""
+    if device.type != "cuda":
+        return 0
+    gc.collect()  # a captured step refers to itself: one of an earlier run in this process is gone only now
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

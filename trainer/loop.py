@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ckptbridge.converters.errors import BadInputError, StorageError
 from ckptbridge.converters.model import Model, decoder_tensors
+from ckptbridge.trainer.activation_memory import spare_memory
+from ckptbridge.trainer.attention import use_attention
+from ckptbridge.trainer.capacity import Capacity
 from ckptbridge.trainer.checkpoint import complete_checkpoints, resume, save
 from ckptbridge.trainer.computed import TRAINED, refuse_beyond
 from ckptbridge.trainer.data import TokenStream, held_out_batches
@@ -19,17 +21,27 @@ from ckptbridge.trainer.decoder import Decoder
 from ckptbridge.trainer.documents import Documents
 from ckptbridge.trainer.export import export_hf, trained_model
 from ckptbridge.trainer.loading import check_values, empty_decoder
-from ckptbridge.trainer.log import StepLog, load_summary, peak_memory_bytes, read_log
-from ckptbridge.trainer.machine import machine_of
+from ckptbridge.trainer.log import StepLog, free_memory_bytes, load_summary, peak_memory_bytes, read_log
+from ckptbridge.trainer.machine import Machine, machine_of
+from ckptbridge.trainer.memory_plan import GIB, MemoryPlan, plan_run, verdict
+from ckptbridge.trainer.mixture import limit_experts
 from ckptbridge.trainer.optimizer import Optimizer
-from ckptbridge.trainer.recipe import Recipe
+from ckptbridge.trainer.profile_floors import Rates, costs, measured_rates
+from ckptbridge.trainer.profile_run import Profile, Profiler, ProfileWindow
+from ckptbridge.trainer.recipe import MoeSection, Recipe
 from ckptbridge.trainer.recipe_file import save_recipe
 from ckptbridge.trainer.schedule import Schedule
 from ckptbridge.trainer.source import open_source
-from ckptbridge.trainer.step import accumulate_gradients, evaluate
+from ckptbridge.trainer.step import evaluate
+from ckptbridge.trainer.throughput import Throughput, throughput_of
 from ckptbridge.trainer.tokens import Tokens, load_tokenizer, tokenize
+from ckptbridge.trainer.update import Update
 
 LOG_NAME = "train.jsonl"
+PROFILE = "profile"
+"""Where the trace and the table of profiled steps lie."""
+PROFILED_FROM = 3
+"""The first step of a run that may be profiled: kernels are compiled and caches filled by then."""
 DISTILLED = "distilled"
 """Where the layers lie that `model.upcycle.distill` trained."""
 OnStep = Callable[[dict[str, Any]], None]
@@ -51,21 +63,26 @@ class TrainResult:
     held_out_after: float | None
     kernels: str
     """The sentence that says which kernels ran, and why."""
+    notes: tuple[str, ...]
+    """Sentences: whether steps were replayed as a CUDA graph, and what memory was planned on a GPU."""
+    profile: Profile | None
+    """Where the profiled steps went, if any were asked for and reached."""
 
 
-def train(recipe: Recipe, on_step: OnStep | None = None) -> TrainResult:
+def train(recipe: Recipe, on_step: OnStep | None = None, *, profiled_steps: int = 0) -> TrainResult:
     """Train until `schedule.total_steps`, from the recipe's model or from the run folder's newest checkpoint.
 
     Leaves in the run folder: recipe.yaml (resolved), tokens/, train.jsonl (a line a step), checkpoints/ (torch_dist)
-    and hf/. Raises BadInputError or StorageError; an interrupted run continues when it is started again.
+    and hf/; with `profiled_steps` also profile/, of so many steps behind the first ones. Raises BadInputError or
+    StorageError; an interrupted run continues when it is started again.
     """
     try:
-        return _train(recipe, on_step)
+        return _train(recipe, on_step, profiled_steps)
     except OSError as error:
         raise StorageError(f"{error.filename or recipe.run_folder}: {error.strerror or error}") from error
 
 
-def _train(recipe: Recipe, on_step: OnStep | None) -> TrainResult:
+def _train(recipe: Recipe, on_step: OnStep | None, profiled_steps: int) -> TrainResult:
     run = recipe.run_folder
     run.mkdir(parents=True, exist_ok=True)
     with machine_of(recipe) as machine:
@@ -76,18 +93,38 @@ def _train(recipe: Recipe, on_step: OnStep | None) -> TrainResult:
         stream = TokenStream(tokens, recipe.data)
         held_out = held_out_batches(tokens, recipe.data, recipe.evaluation.batches)
 
+        free = free_memory_bytes(machine.device)
+        plan = _plan(source, recipe, machine, free)
+        # Before there is a model, whose memory may be all that the device has.
+        rates = measured_rates(machine.device, machine.dtype) if profiled_steps else None
         decoder = empty_decoder(source.config, machine.backend, machine.dtype, machine.device)
-        optimizer = Optimizer(decoder, recipe.optimizer)
+        limit_experts(decoder, _capacity(recipe.moe))
+        use_attention(decoder, machine.attention)
+        optimizer = Optimizer(decoder, recipe.optimizer, machine.backend)
         first = resume(run / "checkpoints", optimizer=optimizer, stream=stream)
         if not first:
             optimizer.load_weights(decoder_tensors(source.tensors, source.config))
         check_values(decoder)
 
+        schedule = Schedule(
+            lr=recipe.optimizer.lr,
+            min_lr=recipe.schedule.min_lr,
+            warmup_steps=recipe.schedule.warmup_steps,
+            total_steps=recipe.schedule.total_steps,
+        )
+        # Behind the optimizer, which moves the weights: what is a weight is known by its place.
+        spare_memory(decoder, recompute=recipe.memory.recompute, offload=recipe.memory.offload == "activations")
+        update = _update(recipe, decoder, optimizer)
+        throughput = throughput_of(decoder, recipe.data.sequence_length, recipe.data.global_batch_size)
+        window = None if rates is None else _profiled(recipe, decoder, rates, first, profiled_steps)
         log = StepLog(run / LOG_NAME, first)
         if held_out and not first:
             _record(log, {"step": 0, "held_out_loss": evaluate(decoder, held_out)}, on_step)
         for step in range(first + 1, recipe.schedule.total_steps + 1):
-            record = _step(recipe, source, decoder, optimizer, stream, step)
+            with nullcontext() if window is None else window.step(step) as is_profiled:
+                record = _step(recipe, schedule, update, throughput, stream, step, bool(is_profiled))
+            if plan is not None and step in (first + 1, recipe.schedule.total_steps):
+                record["planned_memory_bytes"] = plan.total
             if held_out and _is_due(step, recipe.evaluation.every, recipe):
                 record["held_out_loss"] = evaluate(decoder, held_out)
             _record(log, record, on_step)
@@ -102,7 +139,11 @@ def _train(recipe: Recipe, on_step: OnStep | None) -> TrainResult:
                     keep=recipe.checkpoint.keep,
                 )
         hf = export_hf(source, decoder, run / "hf") if recipe.export.hf else None
-    return _result(recipe, first, hf, machine.reason)
+    profile = None if window is None else window.profile
+    told = [machine.reason, update.graph_sentence, None if plan is None else plan.sentence(free)]
+    if profiled_steps and window is None:
+        told.append(f"No step was profiled: the run ends before step {first + PROFILED_FROM}.")
+    return _result(recipe, first, hf, [sentence for sentence in told if sentence is not None], profile)
 
 
 def _tokens(recipe: Recipe, source: Model) -> Tokens:
@@ -114,38 +155,81 @@ def _tokens(recipe: Recipe, source: Model) -> Tokens:
     return tokenize(Documents(recipe.data), tokenizer, source.config.vocab_size, recipe.run_folder / "tokens")
 
 
+def _plan(source: Model, recipe: Recipe, machine: Machine, free: int) -> MemoryPlan | None:
+    """What the run will take of the GPU. None on a CPU and of other kernels, whose memory is not known.
+
+    Raises BadInputError if it is more than there is.
+    """
+    if machine.device.type != "cuda" or machine.backend != "triton":
+        return None
+    plan = plan_run(source.config, recipe, machine.device)
+    if verdict(plan, free) == "exceeds":
+        raise BadInputError(
+            f"the run needs more memory than the {free / GIB:.1f} GiB that are free on {machine.device}:\n  "
+            + "\n  ".join(plan.lines())
+            + "\nlower data.micro_batch_size, or set memory.recompute, memory.offload or optimizer.moments=bf16"
+        )
+    return plan
+
+
+def _capacity(moe: MoeSection) -> Capacity:
+    return Capacity(factor=moe.capacity_factor, drop_policy=moe.drop_policy, pads=moe.pad_to_capacity)
+
+
+def _update(recipe: Recipe, decoder: Decoder, optimizer: Optimizer) -> Update:
+    coefficient = recipe.moe.aux_loss_coeff
+    return Update(
+        decoder,
+        optimizer,
+        micro_batch_size=recipe.data.micro_batch_size,
+        aux_loss_coeff=decoder.config.moe_aux_loss_coeff if coefficient is None else coefficient,
+        z_loss_coeff=recipe.moe.z_loss_coeff,
+        graph=recipe.kernels.graph,
+    )
+
+
+def _profiled(recipe: Recipe, decoder: Decoder, rates: Rates, done: int, steps: int) -> ProfileWindow | None:
+    """Which steps are profiled behind `done` ones, as far as the run goes; None if it ends before."""
+    first = done + PROFILED_FROM
+    steps = min(steps, recipe.schedule.total_steps - first + 1)
+    if steps < 1:
+        return None
+    weight = decoder.output_weight_VH
+    cost = costs(
+        decoder.config,
+        length=recipe.data.sequence_length,
+        tokens=recipe.data.sequence_length * recipe.data.global_batch_size,
+        element=weight.element_size(),
+        parameters=sum(parameter.numel() for parameter in decoder.parameters()),
+        moment=2 if recipe.optimizer.moments == "bf16" else 4,
+    )
+    return ProfileWindow(Profiler(decoder, recipe.run_folder / PROFILE, rates, cost), first, steps)
+
+
 def _step(
-    recipe: Recipe, source: Model, decoder: Decoder, optimizer: Optimizer, stream: TokenStream, step: int
+    recipe: Recipe,
+    schedule: Schedule,
+    update: Update,
+    throughput: Throughput,
+    stream: TokenStream,
+    step: int,
+    is_profiled: bool,
 ) -> dict[str, Any]:
     """Take one step and describe it."""
+    known = update.graph_sentence
     started = time.perf_counter()
-    options = recipe.schedule
-    schedule = Schedule(
-        lr=recipe.optimizer.lr,
-        min_lr=options.min_lr,
-        warmup_steps=options.warmup_steps,
-        total_steps=options.total_steps,
-    )
-    coefficient = recipe.moe.aux_loss_coeff
-    if coefficient is None:
-        coefficient = source.config.moe_aux_loss_coeff
-    device = decoder.output_weight_VH.device
-    batch = stream.next(recipe.data.global_batch_size).to(device)
-    result = accumulate_gradients(decoder, batch, recipe.data.micro_batch_size, coefficient)
-    grad_norm = optimizer.step(schedule.at(step))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    read = update.take(stream.next(recipe.data.global_batch_size), schedule.at(step), is_profiled=is_profiled)
     seconds = time.perf_counter() - started
     return {
         "step": step,
-        "loss": result.loss,
+        "loss": read.loss,
         "lr": schedule.at(step),
-        "grad_norm": grad_norm,
-        "tokens": step * result.tokens,
-        "tokens_per_s": round(result.tokens / seconds, 1),
-        "step_ms": round(seconds * 1000, 1),
-        "peak_memory_bytes": peak_memory_bytes(device),
-        **load_summary(result, whole=_is_due(step, recipe.evaluation.every, recipe)),
+        "grad_norm": read.grad_norm,
+        "tokens": step * throughput.tokens,
+        **throughput.record(seconds),
+        "peak_memory_bytes": peak_memory_bytes(throughput.device),
+        **({"graph": update.graph_sentence} if update.graph_sentence != known else {}),
+        **load_summary(read, whole=_is_due(step, recipe.evaluation.every, recipe)),
     }
 
 
@@ -160,7 +244,7 @@ def _record(log: StepLog, record: dict[str, Any], on_step: OnStep | None) -> Non
         on_step(record)
 
 
-def _result(recipe: Recipe, first: int, hf: Path | None, kernels: str) -> TrainResult:
+def _result(recipe: Recipe, first: int, hf: Path | None, told: list[str], profile: Profile | None) -> TrainResult:
     log = recipe.run_folder / LOG_NAME
     records = read_log(log)
     held_out = [record["held_out_loss"] for record in records if "held_out_loss" in record]
@@ -172,5 +256,7 @@ def _result(recipe: Recipe, first: int, hf: Path | None, kernels: str) -> TrainR
         hf=hf,
         held_out_before=held_out[0] if held_out else None,
         held_out_after=held_out[-1] if held_out else None,
-        kernels=kernels,
+        kernels=told[0],
+        notes=tuple(told[1:]),
+        profile=profile,
     )

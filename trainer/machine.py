@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from ckptbridge.converters.errors import BadInputError
-from ckptbridge.kernels.backend import BackendError, choose_backend
+from ckptbridge.kernels.backend import Backend, BackendError, choose_backend
+from ckptbridge.trainer.attention_kernels import AttentionKernels, choose_attention
 from ckptbridge.trainer.recipe import Recipe
 
 
@@ -19,24 +20,30 @@ class Machine:
 
     device: torch.device
     dtype: torch.dtype
-    backend: str
+    backend: Backend
     reason: str
+    attention: AttentionKernels
 
 
 @contextmanager
-def machine_of(recipe: Recipe) -> Iterator[Machine]:
+def machine_of(recipe: Recipe) -> Generator[Machine]:
     """The machine that a recipe asks for; thread count is as before afterwards, and the seed is set.
 
     Raises BadInputError when there is no such device, or it cannot run the kernels.
     """
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise BadInputError("device: cuda was asked for, but torch sees no GPU; use auto or cpu")
+    if recipe.memory.offload != "none" and (recipe.device == "cpu" or not torch.cuda.is_available()):
+        raise BadInputError(
+            "memory.offload: activations leave a GPU's memory, but this run is on a CPU; set it to none"
+        )
     wants_gpu = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda", torch.cuda.current_device()) if wants_gpu else torch.device("cpu")
     try:
         choice = choose_backend(recipe.kernels.backend, device)
     except BackendError as error:
         raise BadInputError(f"kernels.backend: {error}") from error
+    attention = choose_attention(recipe.kernels.attention, device)
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads or threads)
     torch.manual_seed(recipe.seed)
@@ -46,6 +53,7 @@ def machine_of(recipe: Recipe) -> Iterator[Machine]:
             dtype=torch.bfloat16 if recipe.precision == "bf16" else torch.float32,
             backend=choice.name,
             reason=str(choice),
+            attention=attention,
         )
     finally:
         torch.set_num_threads(threads)

@@ -11,18 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from ckptbridge.converters.model_config import ModelConfig
+from ckptbridge.kernels.activation import Activation
+from ckptbridge.kernels.experts import experts
+from ckptbridge.kernels.gather import gather_rows, sum_rows
+from ckptbridge.kernels.linear import linear
+from ckptbridge.kernels.order import Order
 from ckptbridge.trainer.activations import activated, fc1_rows
-from ckptbridge.trainer.dispatch import Order, combine, dispatch
-from ckptbridge.trainer.grouped_linear import grouped_linear
-from ckptbridge.trainer.router import Router, load_balancing_loss
+from ckptbridge.trainer.capacity import Capacity
+from ckptbridge.trainer.grouped_linear import biases, grouped_linear
+from ckptbridge.trainer.linear import Linear
+from ckptbridge.trainer.recompute import recomputed
+from ckptbridge.trainer.router import Router, load_balancing_loss, z_loss
 
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """How one layer's tokens were spread: choices per expert [E] and the load-balancing loss (1 is even)."""
+    """How one layer's tokens were spread: choices per expert [E], the load-balancing loss (1 is even), the z-loss."""
 
     rows_E: Tensor
     loss: Tensor
+    z_loss: Tensor
 
 
 class Mixture(nn.Module):
@@ -30,8 +38,9 @@ class Mixture(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
-        self.num_experts = config.num_moe_experts or 0
-        self.router = Router(config)
+        self.backend = backend
+        self.capacity = Capacity()
+        self.router = Router(config, backend)
         self.experts = Experts(config, backend)
         self.shared_experts = None
         if config.moe_shared_expert_intermediate_size:
@@ -39,13 +48,18 @@ class Mixture(nn.Module):
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Balance]:
         """Output [T, H], and how the tokens were spread."""
-        routing = self.router(x_TH)
-        order = Order.of(routing.experts_TK, self.num_experts)
-        rows_RH = self.experts(dispatch(x_TH, order), order.rows_E)
-        out_TH = combine(rows_RH, routing.weights_TK, order)
+        routes = self.router(x_TH)
+        out_TH = self.experts(x_TH, routes.weights_TK, self.capacity.order(routes, self.backend))
         if self.shared_experts is not None:
             out_TH = out_TH + self.shared_experts(x_TH)
-        return out_TH, Balance(order.rows_E, load_balancing_loss(routing.probabilities_TE, order.rows_E))
+        return out_TH, Balance(routes.choices_E, load_balancing_loss(routes), z_loss(routes))
+
+
+def limit_experts(decoder: nn.Module, capacity: Capacity) -> None:
+    """Give every mixture of a decoder this capacity, in training and in evaluation, as Megatron-Core does."""
+    for module in decoder.modules():
+        if isinstance(module, Mixture):
+            module.capacity = capacity
 
 
 class Experts(nn.Module):
@@ -54,18 +68,38 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
         self.config, self.backend = config, backend
-        experts, hidden, bias = config.num_moe_experts or 0, config.hidden_size, config.add_mlp_bias
+        self.activation: Activation | None = fused_activation(config)
+        number, hidden, bias = config.num_moe_experts or 0, config.hidden_size, config.add_mlp_bias
         ffn = config.moe_ffn_hidden_size or 0
         self.experts = nn.ModuleDict(
             {
-                "linear_fc1": Stacked(experts, fc1_rows(config, ffn), hidden, bias=bias),
-                "linear_fc2": Stacked(experts, hidden, ffn, bias=bias),
+                "linear_fc1": Stacked(number, fc1_rows(config, ffn), hidden, bias=bias),
+                "linear_fc2": Stacked(number, hidden, ffn, bias=bias),
             }
         )
 
-    def forward(self, x_RH: Tensor, rows_E: Tensor) -> Tensor:
-        hidden_RF = activated(self.experts["linear_fc1"](x_RH, rows_E), self.config, self.backend)
-        return self.experts["linear_fc2"](hidden_RF, rows_E)
+    def forward(self, x_TH: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
+        """The sum of what each token's experts give, by weight: [T, H]."""
+        fc1, fc2 = self.experts["linear_fc1"], self.experts["linear_fc2"]
+        if self.activation is not None:
+            return experts(
+                x_TH, weights_TK, order, fc1.weight, fc2.weight, activation=self.activation, backend=self.backend
+            )
+        x_RH = gather_rows(x_TH, order, backend=self.backend)
+        hidden_RF = recomputed(activated, fc1(x_RH, order.ends_E), self.config, self.backend)
+        return sum_rows(fc2(hidden_RF, order.ends_E), order, weights_TK, backend=self.backend)
+
+
+def fused_activation(config: ModelConfig) -> Activation | None:
+    """What the experts' kernels call the function between an expert's matrices; None if they do not know it."""
+    is_plain = config.activation_func_clamp_value is None and not config.glu_linear_offset and not config.add_mlp_bias
+    match (config.activation_func, config.gated_linear_unit):
+        case ("silu", True) if is_plain:
+            return "swiglu"
+        case ("squared_relu", False) if is_plain:
+            return "squared_relu"
+        case _:
+            return None
 
 
 class Stacked(nn.Module):
@@ -76,12 +110,10 @@ class Stacked(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
         self.register_parameter("bias", nn.Parameter(torch.empty(experts, outputs)) if bias else None)
 
-    def forward(self, x_RI: Tensor, rows_E: Tensor) -> Tensor:
-        """The first rows_E[0] rows through expert 0's matrix, the next rows_E[1] through expert 1's: [R, outputs]."""
-        out_RO = grouped_linear(x_RI, self.weight, rows_E)
-        if self.bias is None:
-            return out_RO
-        return out_RO + self.bias.repeat_interleave(rows_E, dim=0)
+    def forward(self, x_RI: Tensor, ends_E: Tensor) -> Tensor:
+        """Rows up to ends_E[0] through expert 0's matrix, those up to ends_E[1] through expert 1's: [R, outputs]."""
+        out_RO = grouped_linear(x_RI, self.weight, ends_E)
+        return out_RO if self.bias is None else out_RO + biases(self.bias, ends_E, out_RO.shape[0])
 
 
 class SharedExperts(nn.Module):
@@ -91,13 +123,13 @@ class SharedExperts(nn.Module):
         super().__init__()
         self.config, self.backend = config, backend
         ffn = config.moe_shared_expert_intermediate_size or 0
-        self.linear_fc1 = nn.Linear(config.hidden_size, fc1_rows(config, ffn), bias=False)
-        self.linear_fc2 = nn.Linear(ffn, config.hidden_size, bias=False)
+        self.linear_fc1 = Linear(config.hidden_size, fc1_rows(config, ffn), bias=False)
+        self.linear_fc2 = Linear(ffn, config.hidden_size, bias=False)
         weight = nn.Parameter(torch.empty(1, config.hidden_size)) if config.moe_shared_expert_gate else None
         self.register_parameter("gate_weight", weight)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        out_TH = self.linear_fc2(activated(self.linear_fc1(x_TH), self.config, self.backend))
+        out_TH = self.linear_fc2(recomputed(activated, self.linear_fc1(x_TH), self.config, self.backend))
         if self.gate_weight is None:
             return out_TH
-        return torch.sigmoid(nn.functional.linear(x_TH, self.gate_weight)) * out_TH
+        return torch.sigmoid(linear(x_TH, self.gate_weight)) * out_TH

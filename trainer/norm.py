@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ckptbridge.converters.model_config import ModelConfig
+from ckptbridge.kernels.linear import linear
 from ckptbridge.kernels.rms_norm import rms_norm
+from ckptbridge.trainer.recompute import recomputed, remade
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, config: ModelConfig, backend: str) -> Tensor:
@@ -18,13 +20,32 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, config: ModelConfig, ba
 
     A plain RMSNorm rounds before it multiplies by the weight, as Llama does; any other rounds once, at its end.
     """
-    if config.normalization == "RMSNorm" and not config.layernorm_zero_centered_gamma:
+    if is_plain_rms_norm(config):
         return rms_norm(x, weight, config.layernorm_epsilon, backend=backend)
     scale = weight.float() + 1 if config.layernorm_zero_centered_gamma else weight.float()
     if config.normalization == "RMSNorm":
         return F.rms_norm(x.float(), weight.shape, scale, config.layernorm_epsilon).to(x.dtype)
     shift = None if bias is None else bias.float()
     return F.layer_norm(x.float(), weight.shape, scale, shift, config.layernorm_epsilon).to(x.dtype)
+
+
+def is_plain_rms_norm(config: ModelConfig) -> bool:
+    """Whether the model's norm is Llama's: RMSNorm, and the stored weight is what rows are multiplied by."""
+    return config.normalization == "RMSNorm" and not config.layernorm_zero_centered_gamma
+
+
+def sum_and_norm(
+    x: Tensor, pending: Tensor | None, weight: Tensor | None, bias: Tensor | None, config: ModelConfig, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The residual stream x with what is `pending` added, and the norm of that sum (the sum, without a weight).
+
+    A plain RMSNorm adds and norms in one pass.
+    """
+    if weight is None or pending is None or not is_plain_rms_norm(config):
+        summed = x if pending is None else x + pending
+        return summed, summed if weight is None else recomputed(norm, summed, weight, bias, config, backend)
+    normed, summed = rms_norm(pending, weight, config.layernorm_epsilon, x, backend=backend)
+    return summed, remade(normed, norm, summed, weight, bias, config, backend)
 
 
 class Norm(nn.Module):
@@ -37,7 +58,11 @@ class Norm(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(size)) if _has_bias(config) else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm(x, self.weight, self.bias, self.config, self.backend)
+        return self.behind_sum(x, None)[1]
+
+    def behind_sum(self, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + pending, and the norm of that."""
+        return sum_and_norm(x, pending, self.weight, self.bias, self.config, self.backend)
 
 
 class NormLinear(nn.Module):
@@ -61,13 +86,15 @@ class NormLinear(nn.Module):
 
     def product(self, normed: Tensor) -> Tensor:
         """The linear layer alone."""
-        return F.linear(normed, self.weight, self.bias)
+        return linear(normed, self.weight, self.bias)
 
     def normed(self, x: Tensor) -> Tensor:
         """What the linear layer sees."""
-        if self.layer_norm_weight is None:
-            return x
-        return norm(x, self.layer_norm_weight, self.layer_norm_bias, self.config, self.backend)
+        return self.behind_sum(x, None)[1]
+
+    def behind_sum(self, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + pending, and what the linear layer sees of that."""
+        return sum_and_norm(x, pending, self.layer_norm_weight, self.layer_norm_bias, self.config, self.backend)
 
 
 class LinearNorm(nn.Linear):
@@ -83,7 +110,7 @@ class LinearNorm(nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """The linear layer alone."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 def _has_bias(config: ModelConfig) -> bool:

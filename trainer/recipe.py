@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ckptbridge.trainer.section import AnyPath, Count, PositiveFloat, PositiveInt, Section, Share
 from ckptbridge.trainer.upcycle_recipe import UpcycleSection
@@ -81,6 +81,8 @@ class OptimizerSection(Section):
     """Each step takes lr * weight_decay of a matrix away."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """The largest allowed norm of all gradients together; 0 turns clipping off."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """What Adam's two moments are kept in: in bf16 they take 4 bytes a parameter less (checkpoints hold fp32)."""
 
 
 class ScheduleSection(Section):
@@ -105,6 +107,20 @@ class MoeSection(Section):
 
     aux_loss_coeff: Annotated[float, Field(ge=0)] | None = None
     """Weight of the load-balancing loss (summed over layers); by default what the model's config says."""
+    z_loss_coeff: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the z-loss, the mean square of the logsumexp of a router's logits (summed over layers)."""
+    capacity_factor: PositiveFloat | None = None
+    """The most rows an expert takes of a micro-batch, as a multiple of its even share; without it none is dropped."""
+    drop_policy: Literal["probs", "position"] = "probs"
+    """What an expert drops beyond its capacity: the choices of the lowest weight, or those of the latest tokens."""
+    pad_to_capacity: bool = False
+    """Give every expert as many rows as its capacity, the last of them zeros."""
+
+    @model_validator(mode="after")
+    def _capacity_to_pad_to(self) -> Self:
+        if self.pad_to_capacity and self.capacity_factor is None:
+            raise ValueError("pad_to_capacity needs a capacity_factor that says how many rows an expert has")
+        return self
 
 
 class CheckpointSection(Section):
@@ -132,11 +148,37 @@ class EvaluationSection(Section):
     """Micro-batches an evaluation; always the same ones."""
 
 
+class MemorySection(Section):
+    """What the layers keep for their backward pass; losses are the same with every choice."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """`selective`: what norms and activation functions gave is computed again; `full`: every layer is."""
+    offload: Literal["none", "activations"] = "none"
+    """`activations`: they wait in the host's pinned memory, copied while the GPU computes."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.recompute == "full" and self.offload != "none":
+            raise ValueError(
+                "with recompute full there is nothing to offload: only layers' inputs are kept; take one of both"
+            )
+        return self
+
+
+def _switch(value: object) -> object:
+    """YAML 1.1 reads `on` and `off` as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class KernelsSection(Section):
     """Which implementation of the fused operations runs."""
 
-    backend: Literal["auto", "reference", "torch", "triton"] = "auto"
-    """`auto`: Triton's on a GPU, the plain definition on a CPU."""
+    backend: Literal["auto", "reference", "torch", "triton", "transformer_engine"] = "auto"
+    """`auto`: Triton's on a GPU, the plain definition on a CPU; `transformer_engine`: NVIDIA's, where installed."""
+    attention: Literal["auto", "cudnn", "flash", "flash3", "flash4", "math"] = "auto"
+    """`auto`: cuDNN's on a GPU in bf16, else what torch takes; `flash3` and `flash4` where they are installed."""
+    graph: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    """Replay each step as one CUDA graph. `auto`: in bf16 on a GPU, unless the model makes the host wait."""
 
 
 class Recipe(Section):
@@ -153,6 +195,7 @@ class Recipe(Section):
     export: ExportSection = ExportSection()
     evaluation: EvaluationSection = EvaluationSection()
     kernels: KernelsSection = KernelsSection()
+    memory: MemorySection = MemorySection()
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` computes in bfloat16 and keeps fp32 weights, gradients and moments in the optimizer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

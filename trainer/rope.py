@@ -66,14 +66,6 @@ def rope_table(
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
-def rotate(x: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
-    """Turn the first R channels of the heads x [..., S, D] by the angles of their positions."""
-    half = cos_SR.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = (first * cos_SR - second * sin_SR, second * cos_SR + first * sin_SR)
-    return torch.cat((*turned, rest) if rest.shape[-1] else turned, -1)
-
-
 def _plain(base: float, channels: int) -> Tensor:
     exponents = torch.arange(0, channels, 2, device="cpu").float() / channels
     return 1.0 / (base**exponents)

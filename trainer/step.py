@@ -10,34 +10,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ckptbridge.trainer.cross_entropy import linear_cross_entropy
+from ckptbridge.kernels.cross_entropy import linear_cross_entropy
 from ckptbridge.trainer.decoder import Decoder, DecoderOutput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchResult:
-    """What the forward passes of a batch said."""
+    """What the forward passes of a batch said. Nothing of it has been read from the device."""
 
     tokens: int
-    loss: float
+    loss: Tensor
     """The next-token loss, a mean over all tokens of the batch."""
-    aux_loss: float | None
+    aux_loss: Tensor | None
     """The load-balancing loss without its coefficient, a mean over layers and micro-batches: 1 is even, E the worst."""
-    expert_load: dict[int, list[float]]
-    """By layer: the fraction of the choices that fell on each expert."""
+    expert_load: dict[int, Tensor]
+    """By layer: the fraction of the choices that fell on each expert, [E]."""
 
 
 def accumulate_gradients(
-    decoder: Decoder, batch_BS: Tensor, micro_batch_size: int, aux_loss_coeff: float
+    decoder: Decoder, batch_BS: Tensor, micro_batch_size: int, aux_loss_coeff: float, z_loss_coeff: float = 0.0
 ) -> BatchResult:
     """Forward and backward over a batch [B, S + 1], `micro_batch_size` sequences at a time.
 
     The gradient is that of the next-token loss, a mean over the tokens of the whole batch, plus `aux_loss_coeff`
-    times the load-balancing losses, summed over layers and averaged over micro-batches.
+    times the load-balancing losses and `z_loss_coeff` times the z-losses, each summed over layers and averaged over
+    micro-batches.
     """
     micro_batches = batch_BS.split(micro_batch_size)
     tokens = batch_BS[:, 1:].numel()
-    # Sums stay on the device: reading them here would make a GPU wait once a micro-batch.
+    # Sums stay on the device: reading one here would make a GPU wait, and a CUDA graph of the step impossible.
     total = aux_total = torch.zeros((), device=batch_BS.device)
     rows: dict[int, Tensor] = {}
     for micro_batch in micro_batches:
@@ -47,14 +48,17 @@ def accumulate_gradients(
             aux_loss = output.balance_loss() / len(micro_batches)
             aux_total = aux_total + aux_loss.detach()
             loss = loss + aux_loss_coeff * aux_loss
+            if z_loss_coeff:
+                loss = loss + z_loss_coeff / len(micro_batches) * output.z_loss()
             for layer, balance in output.balance.items():
                 rows[layer] = rows[layer] + balance.rows_E if layer in rows else balance.rows_E
+        del output  # the last hidden states would stay through the backward pass
         loss.backward()
     return BatchResult(
         tokens=tokens,
-        loss=total.item(),
-        aux_loss=aux_total.item() / len(rows) if rows else None,
-        expert_load={layer: (rows_E / rows_E.sum()).tolist() for layer, rows_E in rows.items()},
+        loss=total,
+        aux_loss=aux_total / len(rows) if rows else None,
+        expert_load={layer: rows_E / rows_E.sum() for layer, rows_E in rows.items()},
     )
 
 
@@ -73,4 +77,7 @@ def _forward(decoder: Decoder, batch_BS: Tensor, divisor: int) -> tuple[DecoderO
     if (logits_divisor := decoder.config.logits_divisor) != 1:
         hidden_TH = hidden_TH / logits_divisor
     targets_T = batch_BS[:, 1:].flatten()
-    return output, linear_cross_entropy(hidden_TH, decoder.output_weight_VH, targets_T, divisor)
+    loss = linear_cross_entropy(
+        hidden_TH, decoder.output_weight_VH, targets_T, divisor, starts_backward=True, backend=decoder.backend
+    )
+    return output, loss

@@ -14,6 +14,8 @@ from ckptbridge.flags import takes_flags
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from ckptbridge.trainer.recipe import Recipe
+
 
 @exits
 @takes_flags
@@ -26,6 +28,21 @@ def train(
         list[str] | None,
         typer.Option("--set", help="Change a value, such as optimizer.lr=3e-5. May be given several times."),
     ] = None,
+    no_graph: Annotated[
+        bool, typer.Option("--no-graph", help="Launch every operation by itself; the same as kernels.graph=off.")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print what the run will take of a GPU's memory, and stop; needs none.")
+    ] = False,
+    profile: Annotated[
+        int,
+        typer.Option(
+            "--profile",
+            metavar="N",
+            min=0,
+            help="Profile N steps behind the first two: a trace for Perfetto and a table of where a step goes.",
+        ),
+    ] = 0,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the recipe's JSON schema for editors, and stop.")
     ] = False,
@@ -42,9 +59,12 @@ def train(
     from ckptbridge.trainer.loop import train as run
     from ckptbridge.trainer.recipe_file import load_recipe
 
-    checked = load_recipe(recipe, overrides or ())
+    checked = load_recipe(recipe, [*(overrides or ()), *(["kernels.graph=off"] if no_graph else [])])
+    if plan:
+        _show_plan(checked, tell)
+        return
     with _Bar(checked.schedule.total_steps, hidden=tell.silent) as bar:
-        result = run(checked, on_step=bar.show)
+        result = run(checked, on_step=bar.show, profiled_steps=profile)
     summary = {
         "run_folder": str(checked.run_folder),
         "steps": result.steps,
@@ -55,6 +75,8 @@ def train(
         "hf": str(result.hf) if result.hf else None,
         "log": str(result.log),
         "kernels": result.kernels,
+        "notes": list(result.notes),
+        "profile": result.profile.to_json() if result.profile else None,
     }
     if tell.as_json:
         report.print_json(summary)
@@ -63,9 +85,29 @@ def train(
         report.out.print(f"{result.steps} steps{resumed}; {result.kernels}", soft_wrap=True)
         if result.held_out_before is not None:
             report.out.print(f"held-out loss {result.held_out_before:.4f} -> {result.held_out_after:.4f} nats a token")
+        for note in result.notes:
+            report.out.print(note, soft_wrap=True)
+        if result.profile:
+            for line in result.profile.lines():
+                report.out.print(line, soft_wrap=True, highlight=False)
+            report.out.print(f"trace: {result.profile.trace}", soft_wrap=True)
         for name in ("checkpoint", "hf", "log"):
             if summary[name]:
                 report.out.print(f"{name}: {summary[name]}", soft_wrap=True)
+
+
+def _show_plan(recipe: Recipe, tell: o.TellFlags) -> None:
+    from ckptbridge import report
+    from ckptbridge.trainer.loop import DISTILLED
+    from ckptbridge.trainer.memory_plan import plan_run
+    from ckptbridge.trainer.source import open_source
+
+    planned = plan_run(open_source(recipe.model, recipe.run_folder / DISTILLED).config, recipe)
+    if tell.as_json:
+        report.print_json(planned.to_json())
+        return
+    for line in planned.lines():
+        report.out.print(line, highlight=False)
 
 
 class _Bar:
@@ -101,8 +143,15 @@ class _Bar:
         """Show one record of the log."""
         if self._bar is None:
             return
-        if "loss" in record:
-            told = f"loss {record['loss']:.4f}, {record['tokens_per_s']:.0f} tokens/s"
-        else:
-            told = f"held-out loss {record['held_out_loss']:.4f}"
-        self._bar.update(self._task, completed=record["step"], told=told)
+        line = told(record) if "loss" in record else f"held-out loss {record['held_out_loss']:.4f}"
+        self._bar.update(self._task, completed=record["step"], told=line)
+
+
+def told(record: dict[str, Any]) -> str:
+    """A step on one line: what the device can tell stands in the record."""
+    parts = [f"loss {record['loss']:.4f}", f"{record['tokens_per_s']:.0f} tokens/s"]
+    if "tflops" in record:
+        parts.append(f"{record['tflops']:.0f} TFLOP/s")
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    return ", ".join([*parts, f"{record['peak_memory_bytes'] / 2**30:.1f} GiB"])

@@ -71,7 +71,7 @@ def run(values: dict[str, Any], *overrides: str, on_step: Any = None) -> TrainRe
 
 def as_told(folder: Path) -> list[dict[str, Any]]:
     """The log without what the clock and the operating system decide."""
-    varying = ("step_ms", "tokens_per_s", "peak_memory_bytes")
+    varying = ("step_ms", "tokens_per_s", "peak_memory_bytes", "planned_memory_bytes", "tflops", "mfu", "graph")
     return [{k: v for k, v in record.items() if k not in varying} for record in read_log(folder / "train.jsonl")]
 
 

@@ -50,6 +50,16 @@ def test_refusals_name_key_and_value(override: str, said: str) -> None:
     assert said in refusal(override)
 
 
+def test_yaml_reads_a_switch_as_a_boolean() -> None:
+    for text, value in (("off", "off"), ("on", "on"), ("auto", "auto"), ("'off'", "off")):
+        assert parse_recipe(with_overrides(SMALL, [f"kernels.graph={text}"])).kernels.graph == value
+    assert "kernels.graph: input should be 'auto', 'on' or 'off', found 'maybe'" in refusal("kernels.graph=maybe")
+
+
+def test_what_full_recompute_leaves_is_not_offloaded() -> None:
+    assert "only layers' inputs" in refusal("memory.recompute=full", "memory.offload=activations")
+
+
 def test_all_problems_are_told_at_once() -> None:
     assert len(refusal("optimiser.lr=1", "data.seed=-1", "precision=fp8").splitlines()) == 4
 

@@ -162,7 +162,7 @@ def test_the_log_and_the_export_say_the_same(place: Path) -> None:
 
 def as_told(folder: Path) -> list[dict[str, Any]]:
     """The log without what the clock and the operating system decide."""
-    varying = ("step_ms", "tokens_per_s", "peak_memory_bytes")
+    varying = ("step_ms", "tokens_per_s", "peak_memory_bytes", "planned_memory_bytes", "tflops", "mfu", "graph")
     return [{k: v for k, v in record.items() if k not in varying} for record in read_log(folder / "train.jsonl")]
 
 
@@ -202,18 +202,22 @@ def test_a_killed_run_continues_bit_for_bit_in_another_process(place: Path) -> N
     assert_same_run(place / "killed", place / "unbroken")
 
 
-@pytest.mark.parametrize(("model", "precision"), [("qwen2_moe", "bf16"), ("llama_tied", "fp32")])
-def test_an_interrupted_run_continues_bit_for_bit(model: str, precision: str, place: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "precision", "moments"),
+    [("qwen2_moe", "bf16", "fp32"), ("llama_tied", "fp32", "fp32"), ("llama_tied", "bf16", "bf16")],
+)
+def test_an_interrupted_run_continues_bit_for_bit(model: str, precision: str, moments: str, place: Path) -> None:
     def interrupt(record: dict[str, Any]) -> None:
         if record["step"] == 5:
             raise KeyboardInterrupt
 
-    one, other = (recipe_values(place, model, f"{kind} {model}") for kind in ("whole", "broken"))
-    run(one, f"precision={precision}")
+    one, other = (recipe_values(place, model, f"{kind} {model} {precision}") for kind in ("whole", "broken"))
+    options = (f"precision={precision}", f"optimizer.moments={moments}")
+    run(one, *options)
     with pytest.raises(KeyboardInterrupt):
-        run(other, f"precision={precision}", on_step=interrupt)
+        run(other, *options, on_step=interrupt)
     torch.manual_seed(99)
-    assert run(other, f"precision={precision}").resumed_from == 3
+    assert run(other, *options).resumed_from == 3
     assert_same_run(Path(one["run_folder"]), Path(other["run_folder"]))
 
 
@@ -265,6 +269,27 @@ def test_a_model_without_tokenizer_needs_one_named(place: Path, tiny_folder: Cal
 def test_what_cannot_run_is_refused_in_a_sentence(override: str, said: str, place: Path) -> None:
     with pytest.raises(BadInputError, match=said):
         run(recipe_values(place, "llama_tied", "refused"), override)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("memory.offload=activations", "memory.offload: activations leave a GPU"),
+        ("kernels.graph=on", "kernels.graph: a CUDA graph was asked for"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_without_one(override: str, said: str, place: Path) -> None:
+    with pytest.raises(BadInputError, match=said):
+        run(recipe_values(place, "llama_tied", "no gpu"), override, "device=cpu")
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_changes_no_number_of_a_run(recompute: str, place: Path) -> None:
+    one, other = (recipe_values(place, "qwen2_moe", name) for name in ("all kept", f"recomputed {recompute}"))
+    if not (place / "all kept").exists():
+        run(one, "export.hf=false")
+    run(other, "export.hf=false", f"memory.recompute={recompute}")
+    assert as_told(place / "all kept") == as_told(Path(other["run_folder"]))
 
 
 def test_a_run_folder_that_cannot_be_made_is_a_failing_disk(place: Path) -> None:

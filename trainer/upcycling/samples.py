@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ckptbridge.converters.model import Model
 from ckptbridge.converters.upcycling.measured import MixtureSample, MlpSample
+from ckptbridge.kernels.routing import Routes
 from ckptbridge.trainer.decoder import Layer, Mlp
 from ckptbridge.trainer.mixture import Mixture
-from ckptbridge.trainer.router import Router, Routing
+from ckptbridge.trainer.router import Router
 from ckptbridge.trainer.upcycling.streaming import OnProgress, fed, stream
 
 
@@ -74,10 +75,10 @@ class RouterWatch:
     def __init__(self, router: Router) -> None:
         self.router = router
         self.inputs: list[Tensor] = []
-        self.routings: list[Routing] = []
+        self.routings: list[Routes] = []
         self._hook = router.register_forward_hook(self._seen)
 
-    def _seen(self, module: nn.Module, inputs: tuple[Tensor], output: Routing) -> None:
+    def _seen(self, module: nn.Module, inputs: tuple[Tensor], output: Routes) -> None:
         self.inputs.append(inputs[0])
         self.routings.append(output)
 

@@ -18,6 +18,8 @@ from ckptbridge.converters.mcore.keys import layer_of
 from ckptbridge.converters.model import Model, decoder_tensors
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.tensors import Checkpoint, LazyTensor, rows
+from ckptbridge.kernels.gather import gather_rows, sum_rows
+from ckptbridge.kernels.order import Order
 from ckptbridge.trainer.activations import activated
 from ckptbridge.trainer.attention import Positions, positions
 from ckptbridge.trainer.computed import COMPUTED, refuse_beyond
@@ -89,7 +91,7 @@ class StreamedModel:
         load_tensors(here, {name: found[name] for name in here})
         for name, module in absent.items():
             # Not a hook: those would know the module, and it them, until the garbage is collected.
-            how = "forward" if type(module) is nn.Linear else "product"
+            how = "product" if hasattr(module, "product") else "forward"
             setattr(module, how, partial(linear_in_blocks, found[prefix + name], module.bias))
         return layer
 
@@ -142,15 +144,16 @@ class StreamedExperts(nn.Module):
             self.matrices.append(held)
             self.alike.setdefault(tuple(id(tensor) for tensor in held.values()), []).append(expert)
 
-    def forward(self, x_RH: Tensor, rows_N: Tensor) -> Tensor:
-        """As the decoder's: the first rows_N[0] rows through expert 0, the next rows_N[1] through expert 1."""
+    def forward(self, x_TH: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
+        """As the decoder's: the sum of what each token's experts give, by weight."""
+        x_RH = gather_rows(x_TH, order)
         out_RH = torch.empty_like(x_RH)
-        numbers_by_expert = torch.arange(len(x_RH)).split(rows_N.tolist())
+        numbers_by_expert = torch.arange(len(x_RH)).tensor_split(order.ends_E.cpu().long())
         for experts in self.alike.values():
             numbers = torch.cat([numbers_by_expert[expert] for expert in experts])
             if len(numbers):
                 out_RH[numbers] = self._through(self.matrices[experts[0]], x_RH[numbers])
-        return out_RH
+        return sum_rows(out_RH, order, weights_TK)
 
     def _through(self, expert: dict[str, LazyTensor], x_RH: Tensor) -> Tensor:
         wide = self._product(expert, "linear_fc1", x_RH)
