@@ -166,3 +166,13 @@ def write_result(name: str, result: dict[str, Any]) -> None:
     """`name` in the folder of results."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def put_between_marks(file: Path, mark: str, text: str) -> None:
+    """Replace what stands between `<!-- MARK -->` and `<!-- end of MARK -->` in a markdown file."""
+    start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    before, found, rest = file.read_text().partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"{file}: expected the marks {start} and {end}")
+    file.write_text(f"{before}{start}\n{text.strip()}\n{end}{after}")
