@@ -36,7 +36,9 @@ from torch import Tensor
 PROGRAMS: dict[str, dict[str, Any]] = {
     "floor": {},
     "ours": {},
+    "ours, selective recompute": {"recompute": "selective"},
     "ours, bf16 moments": {"moments": torch.bfloat16},
+    "ours, bf16 moments, selective recompute": {"moments": torch.bfloat16, "recompute": "selective"},
     "ours, no graph": {"graph": False},
     "ours, transformer_engine": {"graph": False, "backend": "transformer_engine"},
     "megatron-core": {},

@@ -58,10 +58,10 @@ class ProductsConfig:
     def from_shape(cls, rows: Tensor, *matrices: Tensor) -> ProductsConfig:
         """The fastest that was measured for this device, dtype and shape: [R, H] or [T, H], [E, O, I] each, fc2's last.
 
-        Measured on an H200 (benchmarks/moe_layer.py): Triton's products beat torch's at every shape, by 2 to 20 %, and
-        add to an fp32 gradient without a pass of their own. Reading rows where they stand costs a product 4 to 10 % of
-        its rate and saves the copy: with experts of width 768 it wins (fc1 1.29 ms against 1.34, the gradient's two
-        products 1.62 against 1.70), with 2560 and more it loses. fc1's gradient would lose 0.23 of 2.1 ms even so.
+        Measured on an H200 (benchmarks/moe_layer.py, tune.py): our products beat torch's at every shape, by 2 to 28 %,
+        and add to an fp32 gradient without a pass of their own. Reading rows where they stand costs a product 4 to 10 %
+        of its rate and saves the copy: fc1 of experts of width 768 gains by it (1.29 ms against 1.34), of width 2560
+        and more it loses. The output's gradient is read by two products, which share one copy.
         """
         # One launch wants bf16 on a GPU, and rows of a multiple of 16 bytes.
         widths = [width for matrix in matrices for width in matrix.shape[1:]]
@@ -71,7 +71,7 @@ class ProductsConfig:
         if obstacle("triton", rows.device) is not None or torch.cuda.get_device_capability(rows.device) < (9, 0):
             return cls(matmul="torch", weight_gradient="torch")
         is_narrow = matrices[-1].shape[-1] <= _NARROW
-        return cls(matmul="triton", weight_gradient="triton", gathers_forward=is_narrow, gathers_gradient=is_narrow)
+        return cls(matmul="triton", weight_gradient="triton", gathers_forward=is_narrow)
 
 
 def experts_reference(

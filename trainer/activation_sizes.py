@@ -114,7 +114,7 @@ def _mlp(config: ModelConfig, rows: int, ffn: int, shape: Shape) -> LayerBytes:
     e, outputs = shape.element, fc1_rows(config, ffn)
     given, temporary = rows * ffn * e, rows * (outputs + ffn) * e
     if config.gated_linear_unit and config.activation_func == "silu" and config.activation_func_clamp_value is None:
-        return LayerBytes(rows * outputs * e + given, given, temporary)
+        return LayerBytes(rows * outputs * e + given, given, given)  # fc1's gradient stands where fc1's output stood
     wide = rows * outputs * _FLOAT * (2 if config.gated_linear_unit else 1)
     return LayerBytes(wide + given, 0, wide + temporary)
 

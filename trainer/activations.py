@@ -44,8 +44,9 @@ def fc1_rows(config: ModelConfig, ffn: int) -> int:
 def activated(x: Tensor, config: ModelConfig, backend: str) -> Tensor:
     """Hidden units [..., F] from what the first linear layer gave, [..., 2F] or [..., F].
 
-    The backward pass may write over x: nobody else may have a use for it. Computed in fp32 and rounded once, to the dtype of x. `activation_func_clamp_value` cuts what goes into the
-    function from above and the linear half on both sides; `glu_linear_offset` is then added to the linear half.
+    The backward pass may write over x: nobody else may have a use for it. Computed in fp32 and rounded once, to the
+    dtype of x. `activation_func_clamp_value` cuts what goes into the function from above and the linear half on both
+    sides; `glu_linear_offset` is then added to the linear half.
     """
     limit = config.activation_func_clamp_value
     if config.gated_linear_unit and config.activation_func == "silu" and limit is None and not config.glu_linear_offset:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ckptbridge import __version__
 from ckptbridge.kernels.backend import choose_backend
+from ckptbridge.trainer.activation_memory import spare_memory
 from ckptbridge.trainer.decoder import Decoder
 from ckptbridge.trainer.loading import empty_decoder
 from ckptbridge.trainer.memory_plan import plan_run
@@ -30,6 +31,7 @@ class Ours:
     def __init__(self, slice_: Slice, options: Options) -> None:
         choice = choose_backend(options.backend, options.device)
         self.decoder = random_decoder(slice_, choice.name, options)
+        spare_memory(self.decoder, recompute=options.recompute, offload=False)
         moments = "bf16" if options.moments == torch.bfloat16 else "fp32"
         self.optimizer = Optimizer(self.decoder, OptimizerSection(lr=_LR, moments=moments))
         shape = (slice_.micro_batch_size, slice_.sequence_length + 1)
@@ -43,9 +45,13 @@ class Ours:
             graph="auto" if options.graph else "off",
         )
         self.device, self.wants_graph = options.device, options.graph
-        self.planned_gib = round(plan_run(slice_.config, recipe_of(slice_, moments), options.device).total / 2**30, 2)
+        self.planned_gib = round(
+            plan_run(slice_.config, recipe_of(slice_, moments, options.recompute), options.device).total / 2**30, 2
+        )
         self._alone: StepGraph[Tensor] | None = None
         self.kernels = f"ckptbridge {__version__}, {choice.name} kernels, fp32 main weights, {moments} moments"
+        if options.recompute != "none":
+            self.kernels += f", {options.recompute} recompute"
 
     @property
     def description(self) -> str:
@@ -72,7 +78,7 @@ class Ours:
         return accumulate_gradients(self.decoder, self.batch_BS, len(self.batch_BS), _AUX_LOSS_COEFF).loss
 
 
-def recipe_of(slice_: Slice, moments: str) -> Recipe:
+def recipe_of(slice_: Slice, moments: str, recompute: str) -> Recipe:
     """What a recipe of such steps would say, for the memory planner."""
     return Recipe.model_validate(
         {
@@ -85,6 +91,7 @@ def recipe_of(slice_: Slice, moments: str) -> Recipe:
                 "global_batch_size": slice_.micro_batch_size,
             },
             "optimizer": {"moments": moments},
+            "memory": {"recompute": recompute},
             "schedule": {"total_steps": 1},
             "precision": "bf16",
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class Options:
     """Replay a captured CUDA graph where the program can."""
     backend: str = "auto"
     """Of our kernels."""
+    recompute: Literal["none", "selective"] = "none"
+    """What our backward pass computes again instead of keeping it: norms and SwiGLUs, or nothing."""
 
 
 class Program(Protocol):

@@ -55,7 +55,7 @@ def test_step_equals_fp64(case, backend, device):
 
 @pytest.mark.parametrize("case", [case for case in SMALL_ADAM if case.moments == FP32], ids=str)
 def test_torch_backend_equals_fp64(case, device):
-    check_adam(partial(adam_step, backend="torch"), case, device, reads_gradient=False)
+    check_adam(partial(adam_step, backend="torch"), case, device, is_torchs=True)
 
 
 def test_other_launch_knobs_give_the_same_bits(device):

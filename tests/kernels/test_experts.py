@@ -214,7 +214,9 @@ def _unused_rows_read(x, weights, order, fc1, fc2, activation):
     longer = order.ends_E.clone()
     longer[-1] = len(order.tokens_R)
     longer = Order(order.tokens_R, order.rows_TK, longer)
-    return experts(x, weights, longer, fc1, fc2, activation=activation, backend="triton")
+    # A product that gathers would follow an unused row's index to wherever it leads.
+    config = replace(ProductsConfig.from_shape(x, fc1, fc2), gathers_forward=False, gathers_gradient=False)
+    return experts(x, weights, longer, fc1, fc2, activation=activation, backend="triton", config=config)
 
 
 def test_oracle_catches_unused_rows_in_a_gradient(device):

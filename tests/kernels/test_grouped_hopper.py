@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,11 +10,8 @@ import torch
 from ckptbridge.kernels.grouped_config import GroupedConfig
 from ckptbridge.kernels.grouped_gemm import grouped_matmul, grouped_weight_gradient
 from ckptbridge.kernels.grouped_tiles import hopper_kernels
-from ckptbridge.kernels.swiglu import swiglu_reference
-from tests.kernels.cases import random_tensor
 from tests.kernels.cases_grouped import SMALL, GroupedCase
-from tests.kernels.oracle_grouped import check_matmul, check_weight_gradient, ends_of, rows_of
-from tests.kernels.tolerances import assert_close
+from tests.kernels.oracle_grouped import check_matmul, check_weight_gradient
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 # Several tiles for every multiprocessor, of many steps and of none, and a last wave that is not full.
@@ -46,26 +42,6 @@ def test_matmul_equals_fp64(case, transposed, knobs, device):
 def test_weight_gradient_equals_fp64(case, accumulate, knobs, device):
     operation = partial(grouped_weight_gradient, backend="triton", config=knobs)
     check_weight_gradient(operation, case, device, accumulate=accumulate)
-
-
-@on_hopper
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_swiglu_is_that_of_the_product(case, knobs, device):
-    from ckptbridge.kernels.grouped_hopper_swiglu import launch_swiglu  # here: it imports Gluon
-
-    generator = torch.Generator(device).manual_seed(0)
-    a = rows_of(case, case.K, generator, gathered=False).given
-    weight = random_tensor((len(case.counts), 2 * case.N, case.K), torch.bfloat16, generator, scale=case.K**-0.5)
-    ends_E, used = ends_of(case, device), sum(case.counts)
-    h, hidden = (torch.full((case.R, width), torch.nan, device=device).bfloat16() for width in (2 * case.N, case.N))
-    knobs = replace(knobs, block_columns=max(knobs.block_columns, 128))  # a part of either half
-    launch_swiglu(a, weight, ends_E, h, hidden, config=knobs)
-    product = grouped_matmul(a, weight, ends_E, transposed=True, backend="triton", config=knobs)
-    assert torch.equal(h[:used], product[:used])
-    expected = swiglu_reference(h[:used].double())
-    assert_close("hidden units", hidden[:used], expected, roundings=1, noise=expected.abs() * 2**-20 + 1e-30)
-    assert h[used:].isnan().all()
-    assert hidden[used:].isnan().all()
 
 
 @on_hopper
