@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from ckptbridge.converters.model import decoder_tensors, open_model
 from ckptbridge.converters.model_config import ModelConfig
@@ -16,6 +17,7 @@ from ckptbridge.kernels.main_gradient import main_gradient_of
 from ckptbridge.trainer.activation_memory import spare_memory
 from ckptbridge.trainer.decoder import Decoder
 from ckptbridge.trainer.loading import empty_decoder, load_weights
+from ckptbridge.trainer.offload import Offload
 from ckptbridge.trainer.optimizer import Optimizer
 from ckptbridge.trainer.recipe import OptimizerSection
 from ckptbridge.trainer.recompute import forgetting, recomputed
@@ -174,6 +176,56 @@ def test_offloaded_activations_leave_the_gpu(tiny_folder: TinyFolders) -> None:
     by_layer = host.host_bytes / (layers - 1)
     tokens, hidden = token_ids(2)[:, 1:].numel(), decoder.config.hidden_size
     assert by_layer >= 4 * 4 * tokens * hidden
+
+
+class _KeepsForNothing(torch.autograd.Function):
+    """An operation that keeps its input and never asks for it."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad.clone()
+
+
+def two_layers(x: Tensor, weight: Tensor, offload: Offload | None) -> None:
+    """Backward through two layers; of the first, half of what is kept is dropped, and one tensor never asked for."""
+
+    def run(number: int, layer: Callable[[Tensor], list[Tensor]], x: Tensor) -> list[Tensor]:
+        if offload is None:
+            return layer(x)
+        with offload.layer(number) as tensors, saved_tensors_hooks(tensors.pack, tensors.unpack):
+            return layer(x)
+
+    def first(x: Tensor) -> list[Tensor]:
+        product = x @ weight
+        return [_KeepsForNothing.apply(2 * product), *(product.mul(number).exp() for number in range(3))]
+
+    def second(x: Tensor) -> list[Tensor]:
+        for _ in range(6):
+            x = x.sin()
+        return [x]
+
+    (out,) = run(1, second, run(0, first, x)[0])
+    out.sum().backward()
+
+
+def test_what_no_gradient_reaches_is_not_brought_back(device: torch.device) -> None:
+    """Nor does a copy write into memory that was let go: on a GPU the second layer's gradients would stand there."""
+    size = 2048 if device.type == "cuda" else 8
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, size, generator=generator).to(device)
+    plain, spared = (torch.full((size, size), 1 / size, device=device, requires_grad=True) for _ in range(2))
+    offload = Offload([spared], 2, least_bytes=1)
+    for step in range(1, 4):
+        two_layers(x, plain, None)
+        two_layers(x, spared, offload)
+        assert torch.equal(plain.grad, spared.grad)
+        assert offload.host_bytes == 5 * x.nbytes
+        assert offload.loaded_bytes == step * 2 * x.nbytes
 
 
 @pytest.mark.gpu

@@ -100,7 +100,11 @@ def test_a_steps_operations_fall_to_parts_in_both_directions(
     optimizer.load_weights(decoder_tensors(model.tensors, model.config))
     update = Update(decoder, optimizer, micro_batch_size=2, aux_loss_coeff=0.01, graph="off")
     update.take(token_ids(4), 1e-4)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler, marked(decoder), record_function("whole"):
+    with (
+        profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler,
+        marked(decoder),
+        record_function("whole"),
+    ):
         update.take(token_ids(4), 1e-4)
     profiler.export_chrome_trace(str(tmp_path / "trace.json.gz"))
     events = read_trace(tmp_path / "trace.json.gz")
@@ -122,7 +126,7 @@ def test_modules_are_marked_only_while_asked() -> None:
         pass
 
     router = Router(2, 2)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         router(torch.ones(1, 2))
         with marked(router):
             router(torch.ones(1, 2))
