@@ -1,7 +1,7 @@
 """Bytes that one layer keeps between its forward and its backward pass, and the most that it needs beside them.
 
-They are those of the Triton path; what it does not cover is computed by the definitions, whose intermediate tensors are
-counted too, less exactly.
+They are those of the Triton path on a GPU; what it does not cover is computed by torch's own operations, whose
+intermediate tensors are counted too, less exactly. (On a CPU some of these keep more: a norm around zero, a window.)
 
 Shapes: T tokens of a micro-batch, S sequence length, H hidden_size, N heads, G query groups, D head dim, E experts,
 K top-k, R routed rows, F ffn width, O rows of fc1.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.trainer.activation_memory import Recompute
-from ckptbridge.trainer.activations import fc1_rows
+from ckptbridge.trainer.activations import fc1_rows, is_swiglu
 from ckptbridge.trainer.mixture import fused_activation
 
 _FLOAT, _INDEX = 4, 4
@@ -72,7 +72,7 @@ def _norms(config: ModelConfig, shape: Shape) -> LayerBytes:
     if config.normalization == "LayerNorm":
         each = rows * _FLOAT + 2 * shape.tokens * _FLOAT
     elif config.layernorm_zero_centered_gamma:
-        each = 2 * rows * _FLOAT + shape.tokens * _FLOAT
+        each = rows * _FLOAT + shape.tokens * _FLOAT
     else:
         each = rows * shape.element + shape.tokens * _FLOAT
     given = rows * shape.element if config.pre_layernorm else 0
@@ -94,7 +94,10 @@ def _attention(config: ModelConfig, layer: int, shape: Shape) -> LayerBytes:
         kept += scores * (_FLOAT + e + (_FLOAT if config.attn_logit_softcapping is not None else 0))
         temporary += 2 * scores * _FLOAT
     elif config.has_window(layer) and (config.window_size or shape.length) < shape.length:
-        temporary += shape.length * shape.length
+        # Keys and values once for each head of queries, and the mask as numbers.
+        repeated = 2 * T * (heads - config.num_query_groups) * D * e
+        kept += repeated + shape.length * shape.length * e
+        temporary += repeated + shape.length * shape.length
     return LayerBytes(kept, 0, temporary)
 
 
@@ -113,7 +116,7 @@ def _mlp(config: ModelConfig, rows: int, ffn: int, shape: Shape) -> LayerBytes:
     """What fc1 gave and what became of it; the definitions of other functions than SwiGLU keep fp32 copies instead."""
     e, outputs = shape.element, fc1_rows(config, ffn)
     given, temporary = rows * ffn * e, rows * (outputs + ffn) * e
-    if config.gated_linear_unit and config.activation_func == "silu" and config.activation_func_clamp_value is None:
+    if is_swiglu(config):
         return LayerBytes(rows * outputs * e + given, given, given)  # fc1's gradient stands where fc1's output stood
     wide = rows * outputs * _FLOAT * (2 if config.gated_linear_unit else 1)
     return LayerBytes(wide + given, 0, wide + temporary)

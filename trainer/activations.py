@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.kernels.swiglu import swiglu
+from ckptbridge.trainer.recompute import recomputed
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -41,6 +42,20 @@ def fc1_rows(config: ModelConfig, ffn: int) -> int:
     return 2 * ffn if config.gated_linear_unit else ffn
 
 
+def is_swiglu(config: ModelConfig) -> bool:
+    """Whether the function is SwiGLU and nothing else, for which there is a kernel."""
+    is_plain = config.activation_func_clamp_value is None and not config.glu_linear_offset
+    return config.gated_linear_unit and config.activation_func == "silu" and is_plain
+
+
+def hidden_units(x: Tensor, config: ModelConfig, backend: str) -> Tensor:
+    """`activated`, which under selective recompute is computed again where that keeps less.
+
+    SwiGLU's kernel keeps x alone. Other functions keep fp32 copies in any case, and x would stand beside them.
+    """
+    return recomputed(activated, x, config, backend) if is_swiglu(config) else activated(x, config, backend)
+
+
 def activated(x: Tensor, config: ModelConfig, backend: str) -> Tensor:
     """Hidden units [..., F] from what the first linear layer gave, [..., 2F] or [..., F].
 
@@ -48,9 +63,9 @@ def activated(x: Tensor, config: ModelConfig, backend: str) -> Tensor:
     dtype of x. `activation_func_clamp_value` cuts what goes into the function from above and the linear half on both
     sides; `glu_linear_offset` is then added to the linear half.
     """
-    limit = config.activation_func_clamp_value
-    if config.gated_linear_unit and config.activation_func == "silu" and limit is None and not config.glu_linear_offset:
+    if is_swiglu(config):
         return swiglu(x, overwrites_x=True, backend=backend)
+    limit = config.activation_func_clamp_value
     function = _FUNCTIONS[config.activation_func]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if not config.gated_linear_unit:

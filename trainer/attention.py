@@ -136,6 +136,11 @@ class CoreAttention(nn.Module):
         if self.softmax_offset is None and self.cap is None and window_SS is None:
             return self.kernels.causal(q_BNSD, k_BGSD, v_BGSD, self.scale)
         if self.softmax_offset is None and self.cap is None:
+            heads = q_BNSD.shape[1] // k_BGSD.shape[1]
+            if q_BNSD.is_cuda and heads > 1:
+                # With a mask and fewer keys than queries torch 2.11 has the definition alone, which keeps all scores in
+                # fp32: at 4,096 tokens and 32 heads 2 GiB a layer, for which two copies are little.
+                k_BGSD, v_BGSD = (x.repeat_interleave(heads, dim=1) for x in (k_BGSD, v_BGSD))
             return F.scaled_dot_product_attention(
                 q_BNSD,
                 k_BGSD,

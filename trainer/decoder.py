@@ -21,14 +21,13 @@ from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.kernels.backend import operations_backend
 from ckptbridge.kernels.embedding import embedding
 from ckptbridge.kernels.linear import linear
-from ckptbridge.trainer.activations import activated, fc1_rows
+from ckptbridge.trainer.activations import fc1_rows, hidden_units
 from ckptbridge.trainer.attention import Positions, SelfAttention, positions
 from ckptbridge.trainer.computed import COMPUTED, refuse_beyond
 from ckptbridge.trainer.further_layers import FurtherLayers
 from ckptbridge.trainer.latent_attention import LatentAttention
 from ckptbridge.trainer.mixture import Balance, Mixture
 from ckptbridge.trainer.norm import LinearNorm, Norm, NormLinear
-from ckptbridge.trainer.recompute import recomputed
 
 OnStage = Callable[[str, Tensor], None]
 """Called with the name of a module ("decoder.layers.3") and its output [B, S, ...]."""
@@ -238,7 +237,7 @@ class Mlp(nn.Module):
     def forward(self, normed: Tensor) -> Tensor:
         """Of what the norm of `linear_fc1` gave."""
         wide = self.linear_fc1.product(normed)
-        return self.linear_fc2(recomputed(activated, wide, self.config, self.backend))
+        return self.linear_fc2(hidden_units(wide, self.config, self.backend))
 
 
 def _computed_at_once(number: int, layer: Callable[..., Any], *inputs: Any) -> Any:

@@ -41,7 +41,10 @@ def _lines(path: Path) -> list[str]:
 
 
 def load_summary(result: StepReading, whole: bool) -> dict[str, Any]:
-    """Per layer, the least and the most loaded expert's share of the choices; all shares if `whole`. 1/E is even."""
+    """The router's losses and, per layer, the least and the most loaded expert's share of the choices.
+
+    All shares if `whole`; 1/E is even. The z-loss is there where it is trained.
+    """
     if not result.expert_load:
         return {}
     summary: dict[str, Any] = {
@@ -51,7 +54,8 @@ def load_summary(result: StepReading, whole: bool) -> dict[str, Any]:
     }
     if whole:
         summary["fraction"] = [[round(share, 4) for share in load] for load in result.expert_load.values()]
-    return {"aux_loss": result.aux_loss, "expert_load": summary}
+    z_loss = {} if result.z_loss is None else {"z_loss": result.z_loss}
+    return {"aux_loss": result.aux_loss, **z_loss, "expert_load": summary}
 
 
 def free_memory_bytes(device: torch.device) -> int:

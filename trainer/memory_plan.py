@@ -32,7 +32,7 @@ class MemoryPlan:
     gradients: int
     moments: int
     activations: int
-    """What all layers keep for the backward pass of one micro-batch."""
+    """What layers keep for the backward pass of one micro-batch, as far as it is on the GPU at that moment."""
     largest_temporary: int
     """The most that lives beside them, within a layer's backward pass or while the loss is computed."""
     logits_chunk: int
@@ -89,20 +89,22 @@ def memory_plan(
     stream = shape.tokens * config.hidden_size * element
     held = [layer.held(recompute, 2 * stream) for layer in each]
     again = max(layer.kept for layer in each) if recompute == "full" else 0
-    if recipe.memory.offload == "activations":
-        held = held[-2:]
     chunk = _logits_chunk(config, shape.tokens, element)
     # The last norm's input and output, and the gradient of its output, stand beside the logits.
     loss = 3 * stream + chunk
     spared = max(layer.spared for layer in each) if recompute == "selective" else 0
     backward = max(layer.temporary for layer in each) + again + spared
+    # Offloaded, the last layer alone is there when the loss is computed; in its backward pass the next one comes back.
+    at_loss, at_backward = (held[-1:], held[-2:]) if recipe.memory.offload == "activations" else (held, held)
+    moments = [(sum(at_loss), loss), (sum(at_backward), backward)]
+    activations, temporary = max(moments, key=sum)
     return MemoryPlan(
         weights=(trained + untrained) * element,
         main_weights=(trained + untrained) * 4 if element != 4 else 0,
         gradients=trained * 4,
         moments=trained * 2 * (2 if recipe.optimizer.moments == "bf16" else 4),
-        activations=sum(held),
-        largest_temporary=max(loss, backward),
+        activations=activations,
+        largest_temporary=temporary,
         logits_chunk=chunk,
         workspace=WORKSPACE,
     )

@@ -16,11 +16,10 @@ from ckptbridge.kernels.experts import experts
 from ckptbridge.kernels.gather import gather_rows, sum_rows
 from ckptbridge.kernels.linear import linear
 from ckptbridge.kernels.order import Order
-from ckptbridge.trainer.activations import activated, fc1_rows
+from ckptbridge.trainer.activations import fc1_rows, hidden_units
 from ckptbridge.trainer.capacity import Capacity
 from ckptbridge.trainer.grouped_linear import biases, grouped_linear
 from ckptbridge.trainer.linear import Linear
-from ckptbridge.trainer.recompute import recomputed
 from ckptbridge.trainer.router import Router, load_balancing_loss, z_loss
 
 
@@ -86,7 +85,7 @@ class Experts(nn.Module):
                 x_TH, weights_TK, order, fc1.weight, fc2.weight, activation=self.activation, backend=self.backend
             )
         x_RH = gather_rows(x_TH, order, backend=self.backend)
-        hidden_RF = recomputed(activated, fc1(x_RH, order.ends_E), self.config, self.backend)
+        hidden_RF = hidden_units(fc1(x_RH, order.ends_E), self.config, self.backend)
         return sum_rows(fc2(hidden_RF, order.ends_E), order, weights_TK, backend=self.backend)
 
 
@@ -129,7 +128,7 @@ class SharedExperts(nn.Module):
         self.register_parameter("gate_weight", weight)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        out_TH = self.linear_fc2(recomputed(activated, self.linear_fc1(x_TH), self.config, self.backend))
+        out_TH = self.linear_fc2(hidden_units(self.linear_fc1(x_TH), self.config, self.backend))
         if self.gate_weight is None:
             return out_TH
         return torch.sigmoid(linear(x_TH, self.gate_weight)) * out_TH

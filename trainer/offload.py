@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -35,8 +36,12 @@ class Offload:
         self._free: dict[int, list[Tensor]] = {}
         self._used: dict[int, Tensor] = {}
         self._last: _LayerTensors | None = None
+        self._coming: list[Tensor] = []
+        self._arrived: Any = None
         self.host_bytes = 0
         """Pinned memory that was made."""
+        self.loaded_bytes = 0
+        """What was copied back, in all."""
 
     @contextmanager
     def layer(self, number: int) -> Generator[_LayerTensors]:
@@ -72,15 +77,43 @@ class Offload:
         buffer = self._used.pop(buffer.data_ptr())
         self._free.setdefault(buffer.nbytes, []).append(buffer)
 
+    def load(self, kept: list[_Kept]) -> Any:
+        """Start to copy back; the mark that says when all is there.
+
+        The new memory is held here until what is computed waits for that mark: memory that is let go is used by the
+        next tensor at once, and a copy under way would write into that.
+        """
+        if self._coming:
+            self.wait(self._arrived)
+        for one in kept:
+            # In the order of the computing stream, whose memory it is.
+            one.on_device = torch.empty_like(one.buffer, device=self.lanes.device, pin_memory=False)
+            self._coming.append(one.on_device)
+            self.loaded_bytes += one.buffer.nbytes
+        with self.lanes.copying():
+            for one, tensor in zip(kept, self._coming, strict=True):
+                tensor.copy_(one.buffer, non_blocking=True)
+            self._arrived = self.lanes.mark()
+        return self._arrived
+
+    def wait(self, mark: Any) -> None:
+        """What is computed from now on follows the mark of a load."""
+        self.lanes.wait(mark)
+        if mark is self._arrived:
+            self._coming = []
+
     def reclaim(self) -> None:
         """Take the buffers back that no backward pass asked for: autograd also keeps what no gradient reaches."""
         for buffer in list(self._used.values()):
             self.give_back(buffer)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class _Kept:
-    """The whole memory of a tensor and of its views, as one dim: on the GPU, in the host's buffer, or both."""
+    """The whole memory of a tensor and of its views, as one dim: on the GPU, in the host's buffer, or both.
+
+    Autograd alone holds it while the layer is away. What no gradient reaches autograd drops before the backward pass.
+    """
 
     on_device: Tensor | None
     buffer: Tensor
@@ -104,9 +137,9 @@ class _LayerTensors:
         self._offload, self._before, self._stays = offload, before, stays
         self._kept: dict[tuple[Any, ...], _Kept] = {}
         self._left: list[_Kept] = []
+        self._away: list[ref[_Kept]] = []
         self._sent: Any = None
         self._loaded: Any = None
-        self._is_loaded = False
 
     def pack(self, tensor: Tensor) -> Any:
         """What autograd keeps in place of a tensor."""
@@ -130,7 +163,7 @@ class _LayerTensors:
             self._start_before()
             return packed[0]
         self.load()
-        self._offload.lanes.wait(self._loaded)
+        self._offload.wait(self._loaded)
         self._start_before()
         kept, tensor = packed.kept, packed.kept.on_device
         if tensor is None:
@@ -159,22 +192,14 @@ class _LayerTensors:
         self._offload.lanes.wait(self._sent)
         for kept in self._left:
             kept.on_device = None
+        self._away = [ref(kept) for kept in self._left]
+        self._left = []
 
     def load(self) -> None:
-        """Start to copy back, once."""
-        if self._is_loaded or not self._left:
-            return
-        self._is_loaded = True
-        lanes = self._offload.lanes
-        for kept in self._left:
-            # In the order of the computing stream, whose memory it is.
-            kept.on_device = torch.empty_like(kept.buffer, device=lanes.device, pin_memory=False)
-        with lanes.copying():
-            for kept in self._left:
-                if kept.on_device is not None:
-                    kept.on_device.copy_(kept.buffer, non_blocking=True)
-            self._loaded = lanes.mark()
-        self._left = []
+        """Start to copy back what is still wanted, once."""
+        away, self._away = [kept for one in self._away if (kept := one()) is not None], []
+        if away:  # else a copying stream that nobody waits for
+            self._loaded = self._offload.load(away)
 
     def _start_before(self) -> None:
         if self._before is not None:

@@ -77,7 +77,8 @@ class Profiler:
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(activities=activities)
+        # Else torch 2.11 warns of events that a next profile would clear; there is none.
+        self._profile = profile(activities=activities, acc_events=True)
         self._marked = marked(decoder)
 
     def start(self) -> None:

@@ -23,6 +23,8 @@ class BatchResult:
     """The next-token loss, a mean over all tokens of the batch."""
     aux_loss: Tensor | None
     """The load-balancing loss without its coefficient, a mean over layers and micro-batches: 1 is even, E the worst."""
+    z_loss: Tensor | None
+    """The z-loss without its coefficient, likewise a mean; None where it is not trained."""
     expert_load: dict[int, Tensor]
     """By layer: the fraction of the choices that fell on each expert, [E]."""
 
@@ -39,7 +41,7 @@ def accumulate_gradients(
     micro_batches = batch_BS.split(micro_batch_size)
     tokens = batch_BS[:, 1:].numel()
     # Sums stay on the device: reading one here would make a GPU wait, and a CUDA graph of the step impossible.
-    total = aux_total = torch.zeros((), device=batch_BS.device)
+    total = aux_total = z_total = torch.zeros((), device=batch_BS.device)
     rows: dict[int, Tensor] = {}
     for micro_batch in micro_batches:
         output, loss = _forward(decoder, micro_batch, divisor=tokens)
@@ -49,7 +51,9 @@ def accumulate_gradients(
             aux_total = aux_total + aux_loss.detach()
             loss = loss + aux_loss_coeff * aux_loss
             if z_loss_coeff:
-                loss = loss + z_loss_coeff / len(micro_batches) * output.z_loss()
+                z_loss = output.z_loss() / len(micro_batches)
+                z_total = z_total + z_loss.detach()
+                loss = loss + z_loss_coeff * z_loss
             for layer, balance in output.balance.items():
                 rows[layer] = rows[layer] + balance.rows_E if layer in rows else balance.rows_E
         del output  # the last hidden states would stay through the backward pass
@@ -58,6 +62,7 @@ def accumulate_gradients(
         tokens=tokens,
         loss=total,
         aux_loss=aux_total / len(rows) if rows else None,
+        z_loss=z_total / len(rows) if rows and z_loss_coeff else None,
         expert_load={layer: rows_E / rows_E.sum() for layer, rows_E in rows.items()},
     )
 

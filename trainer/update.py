@@ -30,6 +30,7 @@ class StepReading:
     loss: float
     grad_norm: float
     aux_loss: float | None
+    z_loss: float | None
     expert_load: dict[int, list[float]]
     """By layer: the fraction of the choices that fell on each expert."""
 
@@ -92,7 +93,11 @@ class Update:
         read = self._readings.read()
         load = {int(name.removeprefix("load ")): read[name] for name in read if name.startswith("load ")}
         return StepReading(
-            loss=read["loss"], grad_norm=read["grad_norm"], aux_loss=read.get("aux_loss"), expert_load=load
+            loss=read["loss"],
+            grad_norm=read["grad_norm"],
+            aux_loss=read.get("aux_loss"),
+            z_loss=read.get("z_loss"),
+            expert_load=load,
         )
 
     @property
@@ -115,6 +120,6 @@ class Update:
         with record_function(RANGE + "optimizer"):
             grad_norm = self.optimizer.step_on_device(self._lr)
         tensors = {"loss": result.loss, "grad_norm": grad_norm}
-        if result.aux_loss is not None:
-            tensors["aux_loss"] = result.aux_loss
+        optional = {"aux_loss": result.aux_loss, "z_loss": result.z_loss}
+        tensors |= {name: value for name, value in optional.items() if value is not None}
         return Readings.of(tensors | {f"load {layer}": load_E for layer, load_E in result.expert_load.items()})

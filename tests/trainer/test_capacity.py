@@ -117,12 +117,14 @@ def test_a_capacity_that_nobody_reaches_changes_nothing() -> None:
 def test_the_z_loss_is_in_the_gradient_of_a_step() -> None:
     decoder = tiny_decoder("qwen2_moe")
     batch = token_ids(4, 9)
-    gradients = []
+    gradients, told = [], []
     for coefficient in (0.0, 0.5):
-        accumulate_gradients(decoder, batch, 2, 0.01, coefficient)
+        told.append(accumulate_gradients(decoder, batch, 2, 0.01, coefficient).z_loss)
         gradients.append({name: p.grad.clone() for name, p in decoder.named_parameters()})
         decoder.zero_grad()
     loss = sum(decoder(half[:, :-1]).z_loss() for half in batch.split(2)) / 2
+    assert told[0] is None
+    torch.testing.assert_close(told[1], loss.detach() / len(decoder.decoder.layers))
     (0.5 * loss).backward()
     for name, parameter in decoder.named_parameters():
         added = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -46,12 +46,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"moe_shared_expert_intermediate_size": 80, "moe_shared_expert_gate": True},
     "q and k normed": MIXED | {"qk_layernorm": True},
     "LayerNorm and GELU": SMALL | {"normalization": "LayerNorm", "gated_linear_unit": False, "activation_func": "gelu"},
-    "norms around zero, before and behind": SMALL
-    | {"layernorm_zero_centered_gamma": True, "post_layernorm": True, "activation_func": "gelu_tanh"},
     "experts with biases": MIXED | {"add_mlp_bias": True},
-    "window": SMALL | {"window_size": 8},
     "squared relu": MIXED | {"gated_linear_unit": False, "activation_func": "squared_relu"},
 }
+OF_A_GPU: dict[str, dict[str, Any]] = {
+    "norms around zero, before and behind": SMALL
+    | {"layernorm_zero_centered_gamma": True, "post_layernorm": True, "activation_func": "gelu_tanh"},
+    "window": SMALL | {"window_size": 8},
+    "window, a key for each query": SMALL | {"window_size": 8, "num_query_groups": 8},
+}
+"""Layers with operations of torch that keep other tensors on a CPU than on a GPU, which is what is planned for."""
 
 
 def recipe_of(*overrides: str) -> Recipe:
@@ -103,7 +107,7 @@ def kept_by_a_layer(config: ModelConfig, device: str, *, forgets: bool) -> int:
 
 def kept(name: str, device: str) -> tuple[int, int, int, int]:
     """Planned and found, then both under selective recompute."""
-    config = ModelConfig(**CONFIGS[name])
+    config = ModelConfig(**(CONFIGS | OF_A_GPU)[name])
     tokens, length = 64, 32
     shape = Shape(
         tokens=tokens,
@@ -116,6 +120,18 @@ def kept(name: str, device: str) -> tuple[int, int, int, int]:
     planned = layer_bytes(config, 1, shape)
     found, spared = (kept_by_a_layer(config, device, forgets=forgets) for forgets in (False, True))
     return planned.kept, found, planned.kept - planned.spared, spared
+
+
+def on_gpu(test: Any) -> Any:
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
+
+
+@on_gpu
+@pytest.mark.parametrize("name", OF_A_GPU)
+def test_a_layer_keeps_what_is_planned_on_a_gpu(name: str) -> None:
+    planned, found, planned_less, found_less = kept(name, "cuda")
+    assert planned == pytest.approx(found, rel=0.03)
+    assert planned_less == pytest.approx(found_less, rel=0.05)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -172,8 +188,7 @@ MEASURED = {
 }
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@on_gpu
 @pytest.mark.parametrize(
     ("choice", "graph"),
     [

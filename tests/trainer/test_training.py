@@ -130,6 +130,17 @@ def test_losses_equal_a_plain_loop_over_transformers(name: str, place: Path) -> 
         assert ours != pytest.approx(plain_losses(place, values, name, clip=1.5, coefficient=0.0), abs=1e-5)
 
 
+def test_the_z_loss_is_logged_where_it_is_trained(place: Path) -> None:
+    for coefficient, is_told in ((0.0, False), (1e-3, True)):
+        result = run(
+            recipe_values(place, "mixtral", f"z {coefficient}"),
+            f"moe.z_loss_coeff={coefficient}",
+            "schedule.total_steps=3",
+        )
+        told = [record.get("z_loss") for record in read_log(result.log)[1:]]
+        assert all(z_loss > 0 for z_loss in told) if is_told else told == [None] * 3
+
+
 def test_the_log_and_the_export_say_the_same(place: Path) -> None:
     from transformers import AutoModelForCausalLM
 
