@@ -49,7 +49,7 @@ _MIXED = {
 }
 """The part of matrix products, then of everything else; None leaves it to what stands around."""
 _PRODUCT = re.compile(
-    r"gemm|cutlass|nvjet|xmma|splitk|cublas|_matmul_kernel|_weight_gradient_kernel"
+    r"gemm|cutlass|nvjet|xmma|splitk|cublas|matmul_kernel|weight_gradient_kernel"
     r"|^aten::(mm|addmm|bmm|baddbmm|linear|matmul|_grouped_mm|_scaled_mm|_scaled_grouped_mm)$",
     re.IGNORECASE,
 )

@@ -34,6 +34,7 @@ from tests.tiny import token_ids
         ("elementwise", ["aten::mul", RANGE + "NormLinear", RANGE + "Mlp"], "norms"),
         ("cudnn_generated_fort_native_sdpa", [RANGE + "CoreAttention", RANGE + "SelfAttention"], "attention"),
         ("_matmul_kernel", ["_Experts", RANGE + "Experts", RANGE + "Mixture"], "expert products"),
+        ("weight_gradient_kernel", ["_Experts", RANGE + "Experts", RANGE + "Mixture"], "expert products"),
         ("_backward_kernel", ["_Experts", RANGE + "Experts", RANGE + "Mixture"], "activation"),
         ("_gather_kernel", ["_GatherRows", "_Experts", RANGE + "Experts"], "dispatch"),
         ("_sum_kernel", ["_SumRows", "_Experts", RANGE + "Experts"], "combine"),
