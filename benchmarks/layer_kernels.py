@@ -11,23 +11,16 @@ large product; both are measured in the same run. Everything is checked against 
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_run import Machine, run, time_us
 from torch import Tensor
 
-import ckptbridge
-from ckptbridge.kernels.backend import triton
 from ckptbridge.kernels.cross_entropy import CrossEntropyConfig, linear_cross_entropy, token_losses
 from ckptbridge.kernels.embedding import EmbeddingConfig, embedding
 from ckptbridge.kernels.main_gradient import MainGradient, set_main_gradient
@@ -48,15 +41,6 @@ MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """Bytes read and written, and FLOPs of bf16 products, a second."""
-
-    device: torch.device
-    bandwidth: float
-    product_rate: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One line of the table; times in microseconds. `note` holds TFLOP/s or knobs."""
 
@@ -71,34 +55,6 @@ class Row:
         share = f"{self.floor / self.time:.0%}" if self.time else "-"
         numbers = f"{self.floor:.1f} | {self.time:.1f} | {share}"
         return f"| {self.operation} | {self.case} | {self.what} | {numbers} | {self.note} |"
-
-
-def time_us(function: Callable[[], object], device: torch.device) -> float:
-    """Microseconds of one call; on a CPU it is called once, for its errors, and the time is nothing."""
-    if device.type != "cuda":
-        function()
-        return 0.0
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        function()
-    return 1e3 * triton.testing.do_bench(graph.replay, warmup=25, rep=150, return_mode="median")
-
-
-def measured_machine(device: torch.device) -> Machine:
-    """A copy of 2 GiB, and a product of 16384 x 4096 x 28672."""
-    if device.type != "cuda":
-        return Machine(device=device, bandwidth=1e12, product_rate=1e15)
-    source = torch.randn(2**30, dtype=torch.bfloat16, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / (time_us(lambda: target.copy_(source), device) / 1e6)
-    a, b = (torch.randn(shape, dtype=torch.bfloat16, device=device) for shape in ((16384, 4096), (28672, 4096)))
-    flops = 2 * 16384 * 4096 * 28672
-    return Machine(device=device, bandwidth=bandwidth, product_rate=flops / (time_us(lambda: a @ b.t(), device) / 1e6))
 
 
 def time_token_losses(case: TokenLossCase, machine: Machine, *, tune: bool) -> Iterator[Row]:
@@ -246,50 +202,7 @@ OPERATIONS = {
 """How each is timed, on which cases, and on which a CPU tries the plumbing."""
 
 
-def main() -> int:
-    """Parse the command line and run. What fails is told and does not stop the others; then the exit status is 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for layer_kernels.json and layer_kernels.md")
-    parser.add_argument("--tune", action="store_true", help="also time other launch knobs and chunks")
-    parser.add_argument("--only", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS))
-    parser.add_argument("--plumbing", action="store_true", help="small cases, on a CPU")
-    options = parser.parse_args()
-    if not options.plumbing and not (options.out and torch.cuda.is_available()):
-        parser.error("timing needs a GPU and --out; --plumbing needs neither")
-
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    machine = measured_machine(device)
-    facts = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "copy bandwidth": f"{machine.bandwidth / 1e12:.2f} TB/s",
-        "16384x4096x28672 product": f"{machine.product_rate / 1e12:.0f} TFLOP/s",
-        "versions": f"ckptbridge {ckptbridge.__version__}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"Python {platform.python_version()}",
-        "command": " ".join(["python", "benchmarks/layer_kernels.py", *sys.argv[1:]]),
-    }
-    print("\n".join(f"{key}: {value}" for key, value in facts.items()), flush=True)
-    rows: list[Row] = []
-    failed = False
-    for name in options.only:
-        timed, real, small = OPERATIONS[name]
-        for case in small if options.plumbing else real:
-            try:
-                for row in timed(case, machine, tune=options.tune):
-                    print(row, flush=True)
-                    rows.append(row)
-            except Exception:  # one operation that breaks shall not cost the others' times on a lent GPU
-                failed = True
-                print(f"{name} {case}:\n{traceback.format_exc()}", flush=True)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        numbers = facts | {"rows": [asdict(row) for row in rows]}
-        (options.out / "layer_kernels.json").write_text(json.dumps(numbers, indent=1) + "\n")
-        head = "| operation | case | pass | floor us | us | of floor | |\n|---|---|---|--:|--:|--:|---|"
-        lines = ["# A layer's other kernels", "", *(f"- {key}: {value}" for key, value in facts.items()), "", head]
-        (options.out / "layer_kernels.md").write_text("\n".join([*lines, *map(str, rows), ""]))
-    return int(failed)
-
+HEAD = "| operation | case | pass | floor us | us | of floor | |\n|---|---|---|--:|--:|--:|---|"
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("layer_kernels", __doc__, "A layer's other kernels", HEAD, OPERATIONS))

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_run import captured
 from measuring import RESULTS, command_line, provenance
 from moe_parts import PARTS_HEAD, Part, measured_parts, parts_lines
 from peers.moe import PRODUCTS, Ours, Plain, Shape, set_router, sonic
@@ -167,15 +168,7 @@ def _median_ms(call: Callable[[], object], times: int, device: torch.device) -> 
 def _graph_ms(call: Callable[[], object], times: int, device: torch.device) -> float:
     if device.type != "cuda":
         return _median_ms(call, times, device)
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        call()
-    return _median_ms(graph.replay, times, device)
+    return _median_ms(captured(call).replay, times, device)
 
 
 HEAD = """

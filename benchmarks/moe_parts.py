@@ -13,6 +13,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
+from kernel_run import captured
 from peers.moe import Shape
 from torch import Tensor
 
@@ -165,15 +166,7 @@ def graph_us(call: Callable[[], object], device: torch.device) -> float:
         began = time.perf_counter()
         call()
         return (time.perf_counter() - began) * 1e6
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(CALLS):
-            call()
+    graph = captured(call, CALLS)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(8)]
     graph.replay()
     marks[0].record()

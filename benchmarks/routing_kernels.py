@@ -12,23 +12,17 @@ can be faster. Everything is checked, routes and logits against fp64, the order 
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
-import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_run import Machine, run
+from kernel_run import time_us as time_of
 from torch import Tensor
 
-import ckptbridge
-from ckptbridge.kernels.backend import triton
 from ckptbridge.kernels.order import OrderConfig, order_by_expert
 from ckptbridge.kernels.router_logits import router_logits
 from ckptbridge.kernels.routing import RoutingConfig, route
@@ -48,13 +42,7 @@ from tests.kernels.oracle_routing import check_route, check_router_logits, logit
 
 CALLS = 20
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """Bytes read and written a second."""
-
-    device: torch.device
-    bandwidth: float
+time_us = partial(time_of, calls=CALLS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,32 +61,6 @@ class Row:
         reference = "" if self.reference is None else f"{self.reference:.1f}"
         name = f"{self.operation} | {self.case} | {self.what}"
         return f"| {name} | {self.floor:.1f} | {self.triton:.1f} | {reference} | {self.knobs} |"
-
-
-def time_us(call: Callable[[], object], device: torch.device) -> float:
-    """Microseconds of one call; on a CPU it is called once, for its errors, and the time is nothing."""
-    if device.type != "cuda":
-        call()
-        return 0.0
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(CALLS):
-            call()
-    return 1e3 * triton.testing.do_bench(graph.replay, warmup=25, rep=100, return_mode="median") / CALLS
-
-
-def measured_machine(device: torch.device) -> Machine:
-    """A copy of 2 GiB."""
-    if device.type != "cuda":
-        return Machine(device=device, bandwidth=1e12)
-    source = torch.randn(2**30, dtype=torch.bfloat16, device=device)
-    target = torch.empty_like(source)
-    return Machine(device=device, bandwidth=2 * source.nbytes / (time_us(lambda: target.copy_(source), device) / 1e6))
 
 
 def time_order(case: OrderCase, machine: Machine, *, tune: bool) -> Iterator[Row]:
@@ -199,51 +161,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Iterator[Row]], list, list]] = {
 }
 
 
-def main() -> int:
-    """Parse the command line and run. What fails is told and does not stop the others; then the exit status is 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for routing_kernels.json and routing_kernels.md")
-    parser.add_argument("--tune", action="store_true", help="also time other launch knobs")
-    parser.add_argument("--only", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS))
-    parser.add_argument("--plumbing", action="store_true", help="small cases, on a CPU")
-    options = parser.parse_args()
-    if not options.plumbing and not (options.out and torch.cuda.is_available()):
-        parser.error("timing needs a GPU and --out; --plumbing needs neither")
-
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    machine = measured_machine(device)
-    facts = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "copy bandwidth": f"{machine.bandwidth / 1e12:.2f} TB/s",
-        "versions": f"ckptbridge {ckptbridge.__version__}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"Python {platform.python_version()}",
-        "command": " ".join(["python", "benchmarks/routing_kernels.py", *sys.argv[1:]]),
-    }
-    print("\n".join(f"{key}: {value}" for key, value in facts.items()), flush=True)
-    rows: list[Row] = []
-    failed = False
-    for name in options.only:
-        timed, real, small = OPERATIONS[name]
-        for case in small if options.plumbing else real:
-            try:
-                for row in timed(case, machine, tune=options.tune):
-                    print(row, flush=True)
-                    rows.append(row)
-            except Exception:  # one operation that breaks shall not cost the others' times on a lent GPU
-                failed = True
-                print(f"{name} {case}:\n{traceback.format_exc()}", flush=True)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        numbers = facts | {"rows": [asdict(row) for row in rows]}
-        (options.out / "routing_kernels.json").write_text(json.dumps(numbers, indent=1) + "\n")
-        head = (
-            "| operation | case | pass | floor us | triton us | reference us | knobs |\n|---|---|---|--:|--:|--:|---|"
-        )
-        lines = ["# The router's kernels", "", *(f"- {key}: {value}" for key, value in facts.items()), "", head]
-        (options.out / "routing_kernels.md").write_text("\n".join([*lines, *map(str, rows), ""]))
-    return int(failed)
-
+HEAD = "| operation | case | pass | floor us | triton us | reference us | knobs |\n|---|---|---|--:|--:|--:|---|"
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("routing_kernels", __doc__, "The router's kernels", HEAD, OPERATIONS))
