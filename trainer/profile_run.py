@@ -62,8 +62,8 @@ class Profile:
         yield f"{'all parts':<18}{self.busy_ms:>9.2f}{1:>8.1%}{floors:>10.2f}{self.busy_ms / max(floors, 1e-9):>9.2f}"
         yield (
             f"A step took {self.step_ms:.1f} ms by the clock under the profiler, launched operation by operation "
-            f"({self.steps} profiled). Floors are at {self.rates.matrix / 1e12:.0f} TFLOP/s and "
-            f"{self.rates.copy / 1e12:.2f} TB/s, measured on this device."
+            f"({self.steps} profiled). Floors are at {self.rates.matrix / 1e12:.3g} TFLOP/s and "
+            f"{self.rates.copy / 1e12:.3g} TB/s, measured on this device."
         )
 
 
