@@ -33,7 +33,7 @@ from ckptbridge.kernels.activation import (
     fc1_outputs,
 )
 from ckptbridge.kernels.arguments import check_shape, check_tensor
-from ckptbridge.kernels.backend import Backend, obstacle, require_backend
+from ckptbridge.kernels.backend import Backend, require_backend
 from ckptbridge.kernels.gather import check_weights, gather_rows, gather_rows_reference, sum_rows, sum_rows_reference
 from ckptbridge.kernels.grouped_gemm import grouped_matmul, grouped_weight_gradient
 from ckptbridge.kernels.main_gradient import MainGradient, main_gradient_of
@@ -55,20 +55,23 @@ class ProductsConfig:
     """So do the two products of the output's gradient. That of x with fc1's always has its copy: see `from_shape`."""
 
     @classmethod
-    def from_shape(cls, rows: Tensor, *matrices: Tensor) -> ProductsConfig:
-        """The fastest that was measured for this device, dtype and shape: [R, H] or [T, H], [E, O, I] each, fc2's last.
+    def from_shape(cls, backend: Backend, rows: Tensor, *matrices: Tensor) -> ProductsConfig:
+        """The fastest that was measured for a device, a dtype and shapes: `rows` [R, H] or [T, H], `matrices` [E, O, I].
 
-        Measured on an H200 (benchmarks/moe_layer.py, tune.py): our products beat torch's at every shape, by 2 to 28 %,
-        and add to an fp32 gradient without a pass of their own. Reading rows where they stand costs a product 4 to 10 %
-        of its rate and saves the copy: fc1 of experts of width 768 gains by it (1.29 ms against 1.34), of width 2560
-        and more it loses. The output's gradient is read by two products, which share one copy.
+        fc2's matrix comes last. Our own products belong to the triton backend alone: others are what they are held to.
+
+        Measured on an H200 (benchmarks/moe_layer.py, tune.py): our products beat torch's by 1 to 28 %, but for one of
+        24 that is 1 % behind, and add to an fp32 gradient without a pass of their own. Reading rows where they stand
+        costs a product 4 to 10 % of its rate and saves the copy: fc1 of experts of width 768 gains by it (1.29 ms
+        against 1.34), of width 2560 and more it loses. The output's gradient is read by two products, which share a
+        copy.
         """
         # One launch wants bf16 on a GPU, and rows of a multiple of 16 bytes.
         widths = [width for matrix in matrices for width in matrix.shape[1:]]
         is_one_launch = rows.is_cuda and rows.dtype == torch.bfloat16 and not any(width % 8 for width in widths)
         if not is_one_launch or rows.shape[0] == 0:
             return cls(matmul="reference", weight_gradient="reference")
-        if obstacle("triton", rows.device) is not None or torch.cuda.get_device_capability(rows.device) < (9, 0):
+        if backend != "triton" or torch.cuda.get_device_capability(rows.device) < (9, 0):
             return cls(matmul="torch", weight_gradient="torch")
         is_narrow = matrices[-1].shape[-1] <= _NARROW
         return cls(matmul="triton", weight_gradient="triton", gathers_forward=is_narrow)
@@ -111,7 +114,7 @@ def experts(
     """
     _check(x_TH, weights_TK, order, fc1_EOH, fc2_EHF, activation)
     require_backend(backend, x_TH.device)
-    config = config or ProductsConfig.from_shape(x_TH, fc1_EOH, fc2_EHF)
+    config = config or ProductsConfig.from_shape(backend, x_TH, fc1_EOH, fc2_EHF)
     return _Experts.apply(x_TH, weights_TK, order, fc1_EOH, fc2_EHF, activation, backend, config)
 
 

@@ -15,17 +15,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ckptbridge.kernels.backend import Backend
 from ckptbridge.kernels.experts import ProductsConfig, weight_gradient
 from ckptbridge.kernels.grouped_gemm import grouped_matmul
 from ckptbridge.kernels.main_gradient import main_gradient_of
 
 
-def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, backend: Backend = "reference") -> Tensor:
     """Multiply rows up to ends_E[0] by expert 0's matrix, from there up to ends_E[1] by expert 1's, ...: [R, O].
 
-    Rows from ends_E[-1] on hold anything. The weight's gradient is added to its main gradient where it has one.
+    Rows from ends_E[-1] on hold anything. `backend` names who may compute the products. The weight's gradient is added
+    to its main gradient where it has one.
     """
-    return _GroupedLinear.apply(x_RI, weight_EOI, ends_E)
+    return _GroupedLinear.apply(x_RI, weight_EOI, ends_E, backend)
 
 
 def biases(bias_EO: Tensor, ends_E: Tensor, rows: int) -> Tensor:
@@ -36,15 +38,15 @@ def biases(bias_EO: Tensor, ends_E: Tensor, rows: int) -> Tensor:
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-        ctx.config = ProductsConfig.from_shape(x_RI, weight_EOI)
+    def forward(ctx: Any, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
+        ctx.config = ProductsConfig.from_shape(backend, x_RI, weight_EOI)
         ctx.main = main_gradient_of(weight_EOI)
         ctx.save_for_backward(x_RI, weight_EOI, ends_E)
         return grouped_matmul(x_RI, weight_EOI, ends_E, transposed=True, backend=ctx.config.matmul)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, d_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_RI, weight_EOI, ends_E = ctx.saved_tensors
         d_RO, config = d_RO.contiguous(), ctx.config
         dx = d_weight = None
@@ -52,4 +54,4 @@ class _GroupedLinear(torch.autograd.Function):
             dx = grouped_matmul(d_RO, weight_EOI, ends_E, transposed=False, backend=config.matmul)
         if ctx.needs_input_grad[1]:
             d_weight = weight_gradient(d_RO, x_RI, ends_E, weight_EOI, ctx.main, config)
-        return dx, d_weight, None
+        return dx, d_weight, None, None

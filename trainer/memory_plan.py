@@ -148,7 +148,7 @@ def _products(decoder: Decoder, recipe: Recipe, device: torch.device | None) -> 
         return None
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     rows = torch.empty(1, decoder.config.hidden_size, dtype=dtype, device=device)
-    return ProductsConfig.from_shape(rows, *matrices[:2])
+    return ProductsConfig.from_shape("triton", rows, *matrices[:2])
 
 
 def _logits_chunk(config: ModelConfig, tokens: int, element: int) -> int:

@@ -72,8 +72,8 @@ class Experts(nn.Module):
         ffn = config.moe_ffn_hidden_size or 0
         self.experts = nn.ModuleDict(
             {
-                "linear_fc1": Stacked(number, fc1_rows(config, ffn), hidden, bias=bias),
-                "linear_fc2": Stacked(number, hidden, ffn, bias=bias),
+                "linear_fc1": Stacked(number, fc1_rows(config, ffn), hidden, backend, bias=bias),
+                "linear_fc2": Stacked(number, hidden, ffn, backend, bias=bias),
             }
         )
 
@@ -104,14 +104,15 @@ def fused_activation(config: ModelConfig) -> Activation | None:
 class Stacked(nn.Module):
     """One matrix an expert: weight [E, outputs, inputs]; with `bias`, one vector too: [E, outputs]."""
 
-    def __init__(self, experts: int, outputs: int, inputs: int, *, bias: bool) -> None:
+    def __init__(self, experts: int, outputs: int, inputs: int, backend: str, *, bias: bool) -> None:
         super().__init__()
+        self.backend = backend
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
         self.register_parameter("bias", nn.Parameter(torch.empty(experts, outputs)) if bias else None)
 
     def forward(self, x_RI: Tensor, ends_E: Tensor) -> Tensor:
         """Rows up to ends_E[0] through expert 0's matrix, those up to ends_E[1] through expert 1's: [R, outputs]."""
-        out_RO = grouped_linear(x_RI, self.weight, ends_E)
+        out_RO = grouped_linear(x_RI, self.weight, ends_E, self.backend)
         return out_RO if self.bias is None else out_RO + biases(self.bias, ends_E, out_RO.shape[0])
 
 

@@ -215,7 +215,7 @@ def _unused_rows_read(x, weights, order, fc1, fc2, activation):
     longer[-1] = len(order.tokens_R)
     longer = Order(order.tokens_R, order.rows_TK, longer)
     # A product that gathers would follow an unused row's index to wherever it leads.
-    config = replace(ProductsConfig.from_shape(x, fc1, fc2), gathers_forward=False, gathers_gradient=False)
+    config = replace(ProductsConfig.from_shape("triton", x, fc1, fc2), gathers_forward=False, gathers_gradient=False)
     return experts(x, weights, longer, fc1, fc2, activation=activation, backend="triton", config=config)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ckptbridge.converters.model import decoder_tensors, open_model
+from ckptbridge.kernels.backend import Backend
 from ckptbridge.trainer.decoder import Decoder
 from ckptbridge.trainer.grouped_linear import grouped_linear
 from ckptbridge.trainer.loading import empty_decoder, load_weights
@@ -59,8 +60,9 @@ GROUPS = {
 }
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("rows", GROUPS.values(), ids=GROUPS.keys())
-def test_one_launch_is_a_product_an_expert(rows: list[int]) -> None:
+def test_one_launch_is_a_product_an_expert(rows: list[int], backend: Backend) -> None:
     """In bf16 against fp64: the output's rounding, 2**-8, and that of sums of some hundred products."""
     inputs, outputs = 96, 40
     generator = torch.Generator("cuda").manual_seed(1)
@@ -72,7 +74,7 @@ def test_one_launch_is_a_product_an_expert(rows: list[int]) -> None:
     poison = [torch.full((1 << 22,), float("nan"), device="cuda") for _ in range(4)]
     del poison  # what nobody writes shows
     ends = torch.tensor(rows, device="cuda").cumsum(0, dtype=torch.int32)
-    made = [*torch.autograd.grad(out := grouped_linear(x, weight, ends), (x, weight), grad), out]
+    made = [*torch.autograd.grad(out := grouped_linear(x, weight, ends, backend), (x, weight), grad), out]
     wide_x, wide_weight = (t.detach().double().requires_grad_() for t in (x, weight))
     parts = [part @ matrix.T for part, matrix in zip(wide_x.split(rows), wide_weight, strict=True)]
     expected = [*torch.autograd.grad(torch.cat(parts), (wide_x, wide_weight), grad.double()), torch.cat(parts)]
