@@ -56,7 +56,7 @@ class ProductsConfig:
 
     @classmethod
     def from_shape(cls, backend: Backend, rows: Tensor, *matrices: Tensor) -> ProductsConfig:
-        """The fastest that was measured for a device, a dtype and shapes: `rows` [R, H] or [T, H], `matrices` [E, O, I].
+        """The fastest that was measured for a device, dtype and shapes: `rows` [R, H] or [T, H], `matrices` [E, O, I].
 
         fc2's matrix comes last. Our own products belong to the triton backend alone: others are what they are held to.
 
