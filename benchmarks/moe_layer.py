@@ -3,6 +3,7 @@
     PYTHONPATH=. python benchmarks/moe_layer.py --out benchmarks/results                  every slice, both spreads
     PYTHONPATH=. python benchmarks/moe_layer.py --slices qwen3-30b-a3b --parts            and its kernels one by one
     PYTHONPATH=. python benchmarks/moe_layer.py --programs ours-torch sonic --slices ...  SonicMoE compiles for minutes
+    PYTHONPATH=. python benchmarks/moe_layer.py --products quack torch triton             our layer with each's products
     TRITON_INTERPRET=1 PYTHONPATH=. python benchmarks/moe_layer.py --slices tiny --parts  on a CPU: that it runs
 
 The layers of a slice get the same tokens and the same router, so the same choices: "balanced" as random numbers fall,
@@ -51,6 +52,8 @@ def layers(shape: Shape, device: torch.device) -> dict[str, Callable[[], nn.Modu
 
 
 PROGRAMS = (*(f"ours-{name}" for name in PRODUCTS), "plain", "plain-compiled", "sonic")
+BY_NAME = ("ours-reference", "ours-quack", "ours-transformer_engine", "sonic")
+"""Those that run when they are asked for: one of them is slow, the others want packages of their own."""
 
 
 def tokens_and_router(shape: Shape, spread: str, device: torch.device) -> tuple[Tensor, Tensor, float]:
@@ -206,7 +209,8 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]], parts: list[P
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slices", nargs="+", choices=[*SLICES, TINY.name], default=[*SLICES])
-    parser.add_argument("--programs", nargs="*", choices=PROGRAMS, default=[p for p in PROGRAMS if p != "sonic"])
+    parser.add_argument("--programs", nargs="*", choices=PROGRAMS, default=[p for p in PROGRAMS if p not in BY_NAME])
+    parser.add_argument("--products", nargs="+", choices=PRODUCTS, help="our layer with these, and no other program")
     parser.add_argument("--spreads", nargs="+", choices=("balanced", "skewed"), default=["balanced", "skewed"])
     parser.add_argument("--gradients", nargs="+", choices=("fresh", "added"), default=["fresh", "added"])
     parser.add_argument("--parts", action="store_true", help="also time our kernels one by one, beside their floors")
@@ -214,6 +218,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=540, help="seconds after which nothing more is started")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for moe-layer.json and moe-layer.md")
     options = parser.parse_args()
+    if options.products:
+        options.programs = [f"ours-{name}" for name in options.products]
     options.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
     began, rows, parts = time.perf_counter(), list[dict[str, Any]](), list[Part]()

@@ -19,6 +19,7 @@ gradient, R of 2 (O + F) between the matrices, and one sum.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from ckptbridge.kernels.activation import (
 from ckptbridge.kernels.arguments import check_shape, check_tensor
 from ckptbridge.kernels.backend import Backend, require_backend
 from ckptbridge.kernels.gather import check_weights, gather_rows, gather_rows_reference, sum_rows, sum_rows_reference
+from ckptbridge.kernels.grouped_backend import ProductsBackend
 from ckptbridge.kernels.grouped_gemm import grouped_matmul, grouped_weight_gradient
 from ckptbridge.kernels.main_gradient import MainGradient, main_gradient_of
 from ckptbridge.kernels.order import Order
@@ -47,18 +49,21 @@ _NARROW = 1024
 class ProductsConfig:
     """Who computes the grouped products: see the backends of `grouped_gemm.py`."""
 
-    matmul: Backend
-    weight_gradient: Backend
+    matmul: ProductsBackend
+    weight_gradient: ProductsBackend
     gathers_forward: bool = False
     """fc1 reads the rows of x where they stand, instead of from a sorted copy. The triton products alone can."""
     gathers_gradient: bool = False
     """So do the two products of the output's gradient. That of x with fc1's always has its copy: see `from_shape`."""
 
     @classmethod
-    def from_shape(cls, backend: Backend, rows: Tensor, *matrices: Tensor) -> ProductsConfig:
+    def from_shape(
+        cls, backend: Backend, rows: Tensor, *matrices: Tensor, products: ProductsBackend | Literal["auto"] = "auto"
+    ) -> ProductsConfig:
         """The fastest that was measured for a device, dtype and shapes: `rows` [R, H] or [T, H], `matrices` [E, O, I].
 
-        fc2's matrix comes last. Our own products belong to the triton backend alone: others are what they are held to.
+        fc2's matrix comes last. `products` names who computes them instead; without a name our own products belong to
+        the triton backend alone: others are what they are held to.
 
         Measured on an H200 (benchmarks/moe_layer.py, tune.py): our products beat torch's by 1 to 28 %, but for one of
         24 that is 1 % behind, and add to an fp32 gradient without a pass of their own. Reading rows where they stand
@@ -66,6 +71,9 @@ class ProductsConfig:
         against 1.34), of width 2560 and more it loses. The output's gradient is read by two products, which share a
         copy.
         """
+        is_narrow = matrices[-1].shape[-1] <= _NARROW
+        if products != "auto" and rows.shape[0]:
+            return cls(matmul=products, weight_gradient=products, gathers_forward=products == "triton" and is_narrow)
         # One launch wants bf16 on a GPU, and rows of a multiple of 16 bytes.
         widths = [width for matrix in matrices for width in matrix.shape[1:]]
         is_one_launch = rows.is_cuda and rows.dtype == torch.bfloat16 and not any(width % 8 for width in widths)
@@ -73,7 +81,6 @@ class ProductsConfig:
             return cls(matmul="reference", weight_gradient="reference")
         if backend != "triton" or torch.cuda.get_device_capability(rows.device) < (9, 0):
             return cls(matmul="torch", weight_gradient="torch")
-        is_narrow = matrices[-1].shape[-1] <= _NARROW
         return cls(matmul="triton", weight_gradient="triton", gathers_forward=is_narrow)
 
 

@@ -3,11 +3,15 @@
 `ends_E` says on the device where each expert's rows end: nobody waits for it, and a step of any routing is the same
 CUDA graph. Rows from ends_E[-1] on belong to nobody: they may hold anything, NaN too, and no result reads them.
 
-| backend   | runs                                                                                             |
-|-----------|--------------------------------------------------------------------------------------------------|
-| reference | an expert after another, sums in fp32; on a GPU it waits for ends_E                               |
-| torch     | torch._grouped_mm; gathered rows are copied first, a weight gradient is rounded to bf16 on its way |
-| triton    | the kernels of this package; gathers on load, sums weight gradients in fp32 in place              |
+| backend            | runs                                                                                       |
+|--------------------|--------------------------------------------------------------------------------------------|
+| reference          | an expert after another, sums in fp32; on a GPU it waits for ends_E                        |
+| torch              | torch._grouped_mm; a weight gradient is rounded to bf16 on its way                         |
+| triton             | the kernels of this package; gathers on load, sums weight gradients in fp32 in place       |
+| quack              | QuACK's kernels, see `grouped_quack.py`; sums weight gradients in fp32 in place            |
+| transformer_engine | cuBLAS by Transformer Engine, likewise; waits for ends_E, so it cannot be in a CUDA graph  |
+
+All but triton copy gathered rows first.
 
 Compute-bound: 2 R N K operations each.
 """
@@ -22,9 +26,14 @@ import torch
 from torch import Tensor
 
 from ckptbridge.kernels.arguments import check_shape, check_tensor
-from ckptbridge.kernels.backend import Backend, require_backend
+from ckptbridge.kernels.grouped_backend import MULTIPLES_OF_8, ProductsBackend, require_products
 from ckptbridge.kernels.grouped_config import GroupedConfig, Product, config_for
 from ckptbridge.kernels.grouped_matmul import launch_matmul
+from ckptbridge.kernels.grouped_quack import quack_matmul, quack_weight_gradient
+from ckptbridge.kernels.grouped_transformer_engine import (
+    transformer_engine_matmul,
+    transformer_engine_weight_gradient,
+)
 from ckptbridge.kernels.grouped_weight_gradient import launch_weight_gradient
 
 
@@ -35,7 +44,7 @@ def grouped_matmul(
     *,
     transposed: bool,
     rows_R: Tensor | None = None,
-    backend: Backend = "reference",
+    backend: ProductsBackend = "reference",
     config: GroupedConfig | None = None,
 ) -> Tensor:
     """Multiply each row by its expert's matrix, or by that matrix's transpose: [R, N].
@@ -52,7 +61,7 @@ def grouped_matmul(
     E, N, K = weight.shape if transposed else (weight.shape[0], weight.shape[2], weight.shape[1])
     check_shape(operation, "a", a, (a.shape[0], K), f"the depth of weight {tuple(weight.shape)}")
     check_shape(operation, "ends_E", ends_E, (E,), "the experts of weight")
-    _require(operation, backend, a)
+    _require(operation, backend, a, N, K)
     R = a.shape[0] if rows_R is None else rows_R.shape[0]
     if backend == "triton":
         out_RN = a.new_empty(R, N)
@@ -64,6 +73,10 @@ def grouped_matmul(
     weight_EKN = weight.transpose(1, 2) if transposed else weight
     if backend == "torch":
         return torch._grouped_mm(a, weight_EKN, offs=ends_E)
+    if backend == "quack":
+        return quack_matmul(a, weight_EKN, ends_E)
+    if backend == "transformer_engine":
+        return transformer_engine_matmul(a, weight, ends_E, transposed=transposed)
     return grouped_matmul_reference(a, weight_EKN, ends_E)
 
 
@@ -84,7 +97,7 @@ def grouped_weight_gradient(
     accumulate: bool,
     d_rows_R: Tensor | None = None,
     x_rows_R: Tensor | None = None,
-    backend: Backend = "reference",
+    backend: ProductsBackend = "reference",
     config: GroupedConfig | None = None,
 ) -> None:
     """Write each expert's sum over its rows of d^T x into out_EOI, or add it to what is there.
@@ -103,7 +116,7 @@ def grouped_weight_gradient(
     rows = {len(d) if d_rows_R is None else len(d_rows_R), len(x) if x_rows_R is None else len(x_rows_R)}
     if len(rows) > 1:
         raise ValueError(f"{operation}: expected as many rows of d as of x, found {' and '.join(map(str, rows))}")
-    _require(operation, backend, d)
+    _require(operation, backend, d, outputs, inputs)
     if backend == "triton":
         kind = (
             "of_gathered_x" if x_rows_R is not None else "of_gathered_d" if d_rows_R is not None else "weight_gradient"
@@ -117,10 +130,14 @@ def grouped_weight_gradient(
     if backend == "torch":
         gradient = torch._grouped_mm(d.t(), x, offs=ends_E)
         out_EOI.add_(gradient) if accumulate else out_EOI.copy_(gradient)
-        return
-    for expert, rows_of_expert in _rows_of_experts(ends_E):
-        gradient = _wide(d[rows_of_expert]).t() @ _wide(x[rows_of_expert])
-        out_EOI[expert] = out_EOI[expert] + gradient if accumulate else gradient
+    elif backend == "quack":
+        quack_weight_gradient(d, x, ends_E, out_EOI, accumulate=accumulate)
+    elif backend == "transformer_engine":
+        transformer_engine_weight_gradient(d, x, ends_E, out_EOI, accumulate=accumulate)
+    else:
+        for expert, rows_of_expert in _rows_of_experts(ends_E):
+            gradient = _wide(d[rows_of_expert]).t() @ _wide(x[rows_of_expert])
+            out_EOI[expert] = out_EOI[expert] + gradient if accumulate else gradient
 
 
 def _check_operands(operation: str, *, ends_E: Tensor, **operands: Tensor | None) -> None:
@@ -147,10 +164,13 @@ def _check_operands(operation: str, *, ends_E: Tensor, **operands: Tensor | None
             raise ValueError(f"{operation}: {name}: expected device {like.device}, found {tensor.device}")
 
 
-def _require(operation: str, backend: Backend, operand: Tensor) -> None:
-    require_backend(backend, operand.device)
+def _require(operation: str, backend: ProductsBackend, operand: Tensor, *widths: int) -> None:
+    require_products(backend, operand.device)
     if backend != "reference" and operand.dtype != torch.bfloat16:
         raise ValueError(f"{operation}: backend {backend}: expected torch.bfloat16, found {operand.dtype}")
+    if backend in MULTIPLES_OF_8 and any(width % 8 for width in widths):
+        found = " and ".join(map(str, widths))
+        raise ValueError(f"{operation}: backend {backend}: expected widths of a multiple of 8, found {found}")
 
 
 def _gathered(tensor: Tensor, rows_R: Tensor) -> Tensor:

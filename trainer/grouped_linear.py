@@ -8,7 +8,7 @@ Shapes: R routed rows, E experts, I inputs, O outputs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,17 +17,25 @@ from torch.nn import functional as F
 
 from ckptbridge.kernels.backend import Backend
 from ckptbridge.kernels.experts import ProductsConfig, weight_gradient
+from ckptbridge.kernels.grouped_backend import ProductsBackend
 from ckptbridge.kernels.grouped_gemm import grouped_matmul
 from ckptbridge.kernels.main_gradient import main_gradient_of
 
 
-def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, backend: Backend = "reference") -> Tensor:
+def grouped_linear(
+    x_RI: Tensor,
+    weight_EOI: Tensor,
+    ends_E: Tensor,
+    backend: Backend = "reference",
+    products: ProductsBackend | Literal["auto"] = "auto",
+) -> Tensor:
     """Multiply rows up to ends_E[0] by expert 0's matrix, from there up to ends_E[1] by expert 1's, ...: [R, O].
 
-    Rows from ends_E[-1] on hold anything. `backend` names who may compute the products. The weight's gradient is added
-    to its main gradient where it has one.
+    Rows from ends_E[-1] on hold anything. `backend` names who may compute the products, `products` who does. The
+    weight's gradient is added to its main gradient where it has one.
     """
-    return _GroupedLinear.apply(x_RI, weight_EOI, ends_E, backend)
+    config = ProductsConfig.from_shape(backend, x_RI, weight_EOI, products=products)
+    return _GroupedLinear.apply(x_RI, weight_EOI, ends_E, config)
 
 
 def biases(bias_EO: Tensor, ends_E: Tensor, rows: int) -> Tensor:
@@ -38,11 +46,11 @@ def biases(bias_EO: Tensor, ends_E: Tensor, rows: int) -> Tensor:
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
-        ctx.config = ProductsConfig.from_shape(backend, x_RI, weight_EOI)
+    def forward(ctx: Any, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, config: ProductsConfig) -> Tensor:
+        ctx.config = config
         ctx.main = main_gradient_of(weight_EOI)
         ctx.save_for_backward(x_RI, weight_EOI, ends_E)
-        return grouped_matmul(x_RI, weight_EOI, ends_E, transposed=True, backend=ctx.config.matmul)
+        return grouped_matmul(x_RI, weight_EOI, ends_E, transposed=True, backend=config.matmul)
 
     @staticmethod
     @once_differentiable

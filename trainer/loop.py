@@ -24,8 +24,9 @@ from ckptbridge.trainer.loading import check_values, empty_decoder
 from ckptbridge.trainer.log import StepLog, free_memory_bytes, load_summary, peak_memory_bytes, read_log
 from ckptbridge.trainer.machine import Machine, machine_of
 from ckptbridge.trainer.memory_plan import GIB, MemoryPlan, plan_run, verdict
-from ckptbridge.trainer.mixture import limit_experts
+from ckptbridge.trainer.mixture import limit_experts, use_products
 from ckptbridge.trainer.optimizer import Optimizer
+from ckptbridge.trainer.products import capture_obstacle
 from ckptbridge.trainer.profile_floors import Rates, costs, measured_rates
 from ckptbridge.trainer.profile_run import Profile, Profiler, ProfileWindow
 from ckptbridge.trainer.recipe import MoeSection, Recipe
@@ -100,6 +101,7 @@ def _train(recipe: Recipe, on_step: OnStep | None, profiled_steps: int) -> Train
         decoder = empty_decoder(source.config, machine.backend, machine.dtype, machine.device)
         limit_experts(decoder, _capacity(recipe.moe))
         use_attention(decoder, machine.attention)
+        use_products(decoder, machine.products)
         optimizer = Optimizer(decoder, recipe.optimizer, machine.backend)
         first = resume(run / "checkpoints", optimizer=optimizer, stream=stream)
         if not first:
@@ -185,6 +187,7 @@ def _update(recipe: Recipe, decoder: Decoder, optimizer: Optimizer) -> Update:
         aux_loss_coeff=decoder.config.moe_aux_loss_coeff if coefficient is None else coefficient,
         z_loss_coeff=recipe.moe.z_loss_coeff,
         graph=recipe.kernels.graph,
+        never=capture_obstacle(recipe.kernels.products) if decoder.config.num_moe_experts else None,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.kernels.backend import Backend, BackendError, choose_backend
 from ckptbridge.trainer.attention_kernels import AttentionKernels, choose_attention
+from ckptbridge.trainer.products import ProductsName, choose_products
 from ckptbridge.trainer.recipe import Recipe
 
 
@@ -23,6 +24,7 @@ class Machine:
     backend: Backend
     reason: str
     attention: AttentionKernels
+    products: ProductsName
 
 
 @contextmanager
@@ -44,16 +46,19 @@ def machine_of(recipe: Recipe) -> Generator[Machine]:
     except BackendError as error:
         raise BadInputError(f"kernels.backend: {error}") from error
     attention = choose_attention(recipe.kernels.attention, device)
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    products = choose_products(recipe.kernels.products, device, dtype, choice.name)
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads or threads)
     torch.manual_seed(recipe.seed)
     try:
         yield Machine(
             device=device,
-            dtype=torch.bfloat16 if recipe.precision == "bf16" else torch.float32,
+            dtype=dtype,
             backend=choice.name,
             reason=str(choice),
             attention=attention,
+            products=products,
         )
     finally:
         torch.set_num_threads(threads)

@@ -20,6 +20,8 @@ from ckptbridge.trainer.recipe import Recipe
 GIB = 1 << 30
 WORKSPACE = 2 * 32 << 20
 """cuBLAS's on Hopper: 32 MiB for each thread that multiplies, forward and backward."""
+_STREAMS = 4 * 32 << 20
+"""Transformer Engine's grouped products run on four streams, each with a workspace of 32 MiB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +108,7 @@ def memory_plan(
         activations=activations,
         largest_temporary=temporary,
         logits_chunk=chunk,
-        workspace=WORKSPACE,
+        workspace=WORKSPACE + (_STREAMS if products and products.matmul == "transformer_engine" else 0),
     )
 
 
@@ -142,13 +144,14 @@ def _shape(config: ModelConfig, recipe: Recipe, element: int, products: Products
 
 
 def _products(decoder: Decoder, recipe: Recipe, device: torch.device | None) -> ProductsConfig | None:
-    """Who multiplies on this device: what decides is its kind, the dtype, and the shapes of the matrices."""
+    """Who multiplies: whom the recipe names, else what a device's kind, the dtype and the matrices' shapes decide."""
     matrices = [w for name, w in decoder.named_parameters() if ".experts.experts." in name and name.endswith("weight")]
-    if device is None or device.type != "cuda" or not matrices:
+    named = recipe.kernels.products
+    if not matrices or (named == "auto" and (device is None or device.type != "cuda")):
         return None
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    rows = torch.empty(1, decoder.config.hidden_size, dtype=dtype, device=device)
-    return ProductsConfig.from_shape("triton", rows, *matrices[:2])
+    rows = torch.empty(1, decoder.config.hidden_size, dtype=dtype, device="meta" if device is None else device)
+    return ProductsConfig.from_shape("triton", rows, *matrices[:2], products=named)
 
 
 def _logits_chunk(config: ModelConfig, tokens: int, element: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.kernels.activation import Activation
-from ckptbridge.kernels.experts import experts
+from ckptbridge.kernels.experts import ProductsConfig, experts
 from ckptbridge.kernels.gather import gather_rows, sum_rows
 from ckptbridge.kernels.linear import linear
 from ckptbridge.kernels.order import Order
@@ -20,6 +20,7 @@ from ckptbridge.trainer.activations import fc1_rows, hidden_units
 from ckptbridge.trainer.capacity import Capacity
 from ckptbridge.trainer.grouped_linear import biases, grouped_linear
 from ckptbridge.trainer.linear import Linear
+from ckptbridge.trainer.products import ProductsName, refuse_widths
 from ckptbridge.trainer.router import Router, load_balancing_loss, z_loss
 
 
@@ -61,12 +62,25 @@ def limit_experts(decoder: nn.Module, capacity: Capacity) -> None:
             module.capacity = capacity
 
 
+def use_products(decoder: nn.Module, products: ProductsName) -> None:
+    """From now on the products of the decoder's experts are computed by `products`.
+
+    Raises BadInputError for matrices whose widths they do not take.
+    """
+    for name, module in decoder.named_modules():
+        if isinstance(module, Stacked):
+            refuse_widths(products, name, module.weight.shape[1:])
+        if isinstance(module, Stacked | Experts):
+            module.products = products
+
+
 class Experts(nn.Module):
     """The routed experts; their matrices are stacked. (Megatron's module tree names the level twice.)"""
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
         self.config, self.backend = config, backend
+        self.products: ProductsName = "auto"
         self.activation: Activation | None = fused_activation(config)
         number, hidden, bias = config.num_moe_experts or 0, config.hidden_size, config.add_mlp_bias
         ffn = config.moe_ffn_hidden_size or 0
@@ -82,7 +96,14 @@ class Experts(nn.Module):
         fc1, fc2 = self.experts["linear_fc1"], self.experts["linear_fc2"]
         if self.activation is not None:
             return experts(
-                x_TH, weights_TK, order, fc1.weight, fc2.weight, activation=self.activation, backend=self.backend
+                x_TH,
+                weights_TK,
+                order,
+                fc1.weight,
+                fc2.weight,
+                activation=self.activation,
+                backend=self.backend,
+                config=ProductsConfig.from_shape(self.backend, x_TH, fc1.weight, fc2.weight, products=self.products),
             )
         x_RH = gather_rows(x_TH, order, backend=self.backend)
         hidden_RF = hidden_units(fc1(x_RH, order.ends_E), self.config, self.backend)
@@ -107,12 +128,13 @@ class Stacked(nn.Module):
     def __init__(self, experts: int, outputs: int, inputs: int, backend: str, *, bias: bool) -> None:
         super().__init__()
         self.backend = backend
+        self.products: ProductsName = "auto"
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
         self.register_parameter("bias", nn.Parameter(torch.empty(experts, outputs)) if bias else None)
 
     def forward(self, x_RI: Tensor, ends_E: Tensor) -> Tensor:
         """Rows up to ends_E[0] through expert 0's matrix, those up to ends_E[1] through expert 1's: [R, outputs]."""
-        out_RO = grouped_linear(x_RI, self.weight, ends_E, self.backend)
+        out_RO = grouped_linear(x_RI, self.weight, ends_E, self.backend, self.products)
         return out_RO if self.bias is None else out_RO + biases(self.bias, ends_E, out_RO.shape[0])
 
 

@@ -177,6 +177,8 @@ class KernelsSection(Section):
     """`auto`: Triton's on a GPU, the plain definition on a CPU; `transformer_engine`: NVIDIA's, where installed."""
     attention: Literal["auto", "cudnn", "flash", "flash3", "flash4", "math"] = "auto"
     """`auto`: cuDNN's on a GPU in bf16, else what torch takes; `flash3` and `flash4` where they are installed."""
+    products: Literal["auto", "reference", "torch", "triton", "quack", "transformer_engine"] = "auto"
+    """Who multiplies in the experts. `auto`: the fastest measured; the last two where they are installed."""
     graph: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     """Replay each step as one CUDA graph. `auto`: in bf16 on a GPU, unless the model makes the host wait."""
 

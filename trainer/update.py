@@ -47,8 +47,12 @@ class Update:
         aux_loss_coeff: float,
         z_loss_coeff: float = 0.0,
         graph: Graph,
+        never: str | None = None,
     ) -> None:
-        """Raises BadInputError if a graph is asked for where there can be none."""
+        """`never` says why no step of this run can be captured, as a clause, where that is known from the start.
+
+        Raises BadInputError if a graph is asked for where there can be none.
+        """
         self.decoder, self.optimizer = decoder, optimizer
         self.micro_batch_size, self.aux_loss_coeff = micro_batch_size, aux_loss_coeff
         self.z_loss_coeff = z_loss_coeff
@@ -59,9 +63,13 @@ class Update:
         self._must, self._graph = graph == "on", None
         if self._must and self.device.type != "cuda":
             raise BadInputError("kernels.graph: a CUDA graph was asked for, but the run is on a CPU; use auto or off")
-        if self._must or (graph == "auto" and self.device.type == "cuda" and weight.dtype == torch.bfloat16):
+        if self._must and never is not None:
+            raise BadInputError(f"kernels.graph: on was asked for, but {never}; use auto, which runs without a graph")
+        is_fit = self.device.type == "cuda" and weight.dtype == torch.bfloat16
+        if self._must or (graph == "auto" and is_fit and never is None):
             self._graph = StepGraph(self._step, self.device, forget=optimizer.forget_gradients)
-        self._off = f"kernels.graph is {graph}" if graph == "off" else "auto: only a bf16 run on a GPU is captured"
+        why_not = never if is_fit else "only a bf16 run on a GPU is captured"
+        self._off = f"kernels.graph is {graph}" if graph == "off" else f"auto: {why_not}"
 
     def take(self, batch_BS: Tensor, lr: float, *, is_profiled: bool = False) -> StepReading:
         """Update the weights by the gradients of a batch [B, S + 1] of token ids.

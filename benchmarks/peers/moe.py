@@ -27,6 +27,9 @@ PRODUCTS = {
     "mixed": ProductsConfig(matmul="triton", weight_gradient="torch"),
     "gathering-forward": ProductsConfig(matmul="triton", weight_gradient="triton", gathers_forward=True),
     "gathering": ProductsConfig(matmul="triton", weight_gradient="triton", gathers_forward=True, gathers_gradient=True),
+    "reference": ProductsConfig(matmul="reference", weight_gradient="reference"),
+    "quack": ProductsConfig(matmul="quack", weight_gradient="quack"),
+    "transformer_engine": ProductsConfig(matmul="transformer_engine", weight_gradient="transformer_engine"),
 }
 """Who computes the grouped products of ours; "mixed" leaves torch the weights' gradients."""
 
