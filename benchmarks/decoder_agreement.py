@@ -11,7 +11,8 @@ fp32 (no TF32): the loss, and the error |ours - theirs| / |theirs| of every grad
 runs of transformers itself in fp32 (the plain code; and its own choice of code, in two micro-batches) are further apart
 than that in some parameter, ours may be `SPREAD_ALLOWED` times that far apart in one, still not in the mean.
 bf16: two correct programs differ, each rounds in its own places. The truth is transformers in fp32; our errors may be
-`ALLOWED` times those of transformers in bf16 in the mean over all parameters, `WORST_ALLOWED` times in any of them.
+`ALLOWED` times those of transformers in bf16 in the mean over all parameters and in any matrix, `VECTOR_ALLOWED` times
+in any vector.
 A near-tie between experts may fall otherwise in bf16, in either program, and a token that meets another expert moves
 gradients more than roundings do. The share of such choices is reported, and where there are any only the mean is asked
 for, and only large faults are planted. Every mixture runs a second time with as many choices as experts ("all
@@ -49,8 +50,9 @@ FP32_ALLOWED = 1e-5
 SPREAD_ALLOWED = 2.0
 ALLOWED = 1.5
 """Errors in the mean over dozens of parameters and more: what the choice of places to round may make of them."""
-WORST_ALLOWED = 3.0
-"""Of one parameter, which may have no more than 16 elements. Faults reach 11 and more."""
+VECTOR_ALLOWED = 3.0
+"""Of one norm's weight or one bias, a few numbers that each sum over all tokens. Not derived: it was 2 until SmolLM2 on
+2,048 tokens gave 2.38 in one of its 61 norms. Faults reach 9 and more."""
 LOSS_ALLOWED = 2.0**-8
 """Of the loss in bf16: a rounding of one number. Its error may be zero by chance, so no ratio is asked of it."""
 TINY_MODELS = ("llama", "qwen3_moe", "mixtral", "qwen2_moe", "deepseek_v3_saved")
@@ -79,6 +81,7 @@ def distance(found: Outcome, truth: Outcome, device: torch.device) -> dict[str, 
         "median": statistics.median(by_name.values()),
         "worst": worst,
         "worst_name": name,
+        "vectors": [name for name, gradient in truth.gradients.items() if gradient.ndim < 2],
         "tokens_with_other_experts": statistics.fmean(differing) if differing else None,
         "by_name": by_name,
     }
@@ -96,7 +99,9 @@ def is_right_in_bf16(found: dict[str, Any], other: dict[str, Any]) -> bool:
     ratios = {name: found["by_name"][name] / error for name, error in other["by_name"].items()}
     found["worst_ratio"], found["worst_ratio_name"] = max((ratio, name) for name, ratio in ratios.items())
     found["mean_ratio"] = found["mean"] / other["mean"]
-    is_near = has_other_experts(found, other) or all(ratio <= WORST_ALLOWED for ratio in ratios.values())
+    is_near = has_other_experts(found, other) or all(
+        ratio <= (VECTOR_ALLOWED if name in found["vectors"] else ALLOWED) for name, ratio in ratios.items()
+    )
     return is_near and found["mean_ratio"] <= ALLOWED and found["loss_error"] <= LOSS_ALLOWED
 
 
