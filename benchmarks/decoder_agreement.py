@@ -11,8 +11,10 @@ fp32 (no TF32): the loss, and the error |ours - theirs| / |theirs| of every grad
 runs of transformers itself in fp32 (the plain code; and its own choice of code, in two micro-batches) are further apart
 than that in some parameter, ours may be `SPREAD_ALLOWED` times that far apart in one, still not in the mean.
 bf16: two correct programs differ, each rounds in its own places. The truth is transformers in fp32; our errors may be
-`ALLOWED` times those of transformers in bf16 in the mean over all parameters and in any matrix, `VECTOR_ALLOWED` times
-in any vector.
+`ALLOWED` times those of transformers in bf16 in the mean over all parameters and in any matrix. A vector (one norm's
+weight, one bias) is a few hundred numbers that each sum over all tokens, whose errors by chance add up or do not: two
+runs of transformers itself in bf16, the plain code and its own choice, differ by some factor in the worst of them, and
+ours may be `ALLOWED` times that factor off.
 A near-tie between experts may fall otherwise in bf16, in either program, and a token that meets another expert moves
 gradients more than roundings do. The share of such choices is reported, and where there are any only the mean is asked
 for, and only large faults are planted. Every mixture runs a second time with as many choices as experts ("all
@@ -50,9 +52,6 @@ FP32_ALLOWED = 1e-5
 SPREAD_ALLOWED = 2.0
 ALLOWED = 1.5
 """Errors in the mean over dozens of parameters and more: what the choice of places to round may make of them."""
-VECTOR_ALLOWED = 3.0
-"""Of one norm's weight or one bias, a few numbers that each sum over all tokens. Not derived: it was 2 until SmolLM2 on
-2,048 tokens gave 2.38 in one of its 61 norms. Faults reach 9 and more."""
 LOSS_ALLOWED = 2.0**-8
 """Of the loss in bf16: a rounding of one number. Its error may be zero by chance, so no ratio is asked of it."""
 TINY_MODELS = ("llama", "qwen3_moe", "mixtral", "qwen2_moe", "deepseek_v3_saved")
@@ -60,7 +59,7 @@ TINY_MODELS = ("llama", "qwen3_moe", "mixtral", "qwen2_moe", "deepseek_v3_saved"
 _NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 HEADER = (
     "| model | fp32: loss | mean gradient | worst, transformers' | bf16: loss, transformers' | mean gradient | median "
-    "| worst | mean ratio | worst ratio | other experts | faults found | |\n" + "|---" * 13 + "|"
+    "| worst | mean ratio | worst ratio | spread of vectors | other experts | faults found | |\n" + "|---" * 14 + "|"
 )
 
 
@@ -94,13 +93,19 @@ def is_right_in_fp32(found: dict[str, Any], spread: dict[str, Any]) -> bool:
     return is_near and all(error <= allowed for error in found["by_name"].values())
 
 
-def is_right_in_bf16(found: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Against transformers in bf16; writes the ratios into `found`."""
+def vector_spread(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """How many times larger one program's error is than the other's, either way, in the worst of all vectors."""
+    pairs = [(one["by_name"][name], other["by_name"][name]) for name in one["vectors"]]
+    return max(max(a, b) / min(a, b) for a, b in pairs)
+
+
+def is_right_in_bf16(found: dict[str, Any], other: dict[str, Any], spread: float) -> bool:
+    """Against transformers in bf16, of which two runs differ by `spread` in vectors; writes the ratios into `found`."""
     ratios = {name: found["by_name"][name] / error for name, error in other["by_name"].items()}
     found["worst_ratio"], found["worst_ratio_name"] = max((ratio, name) for name, ratio in ratios.items())
     found["mean_ratio"] = found["mean"] / other["mean"]
     is_near = has_other_experts(found, other) or all(
-        ratio <= (VECTOR_ALLOWED if name in found["vectors"] else ALLOWED) for name, ratio in ratios.items()
+        ratio <= ALLOWED * (spread if name in found["vectors"] else 1.0) for name, ratio in ratios.items()
     )
     return is_near and found["mean_ratio"] <= ALLOWED and found["loss_error"] <= LOSS_ALLOWED
 
@@ -118,11 +123,15 @@ def compared(subject: Subject, device: torch.device, backend: Backend) -> dict[s
     again = theirs(subject, model, torch.float32, device, is_plain=False, micro_batches=2)
     spread = distance(again, truth, device)
     other = distance(theirs(subject, model, torch.bfloat16, device, is_plain=False), truth, device)
+    plain = distance(theirs(subject, model, torch.bfloat16, device, is_plain=True), truth, device)
+    other["vector_spread"] = vector_spread(plain, other)
 
     def of_ours(dtype: torch.dtype, fault: Fault) -> dict[str, Any]:
         made = distance(ours(subject, model, dtype, device, backend, fault), truth, device)
         is_fp32 = dtype == torch.float32
-        made["passed"] = is_right_in_fp32(made, spread) if is_fp32 else is_right_in_bf16(made, other)
+        made["passed"] = (
+            is_right_in_fp32(made, spread) if is_fp32 else is_right_in_bf16(made, other, other["vector_spread"])
+        )
         return made
 
     result: dict[str, Any] = {"tokens": subject.batch[:, 1:].numel(), "true_loss": truth.loss}
@@ -154,7 +163,7 @@ def row(name: str, result: dict[str, Any]) -> str:
         f"{a:.1e}, {b:.1e}" for a, b in ((fp32["worst"], spread["worst"]), (bf16["loss_error"], other["loss_error"]))
     ]
     cells += [f"{bf16[key]:.2e}, {other[key]:.2e}" for key in ("mean", "median", "worst")]
-    cells += [f"{bf16['mean_ratio']:.2f}", f"{bf16['worst_ratio']:.2f}"]
+    cells += [f"{bf16['mean_ratio']:.2f}", f"{bf16['worst_ratio']:.2f}", f"{other['vector_spread']:.2f}"]
     shares = [side["tokens_with_other_experts"] for side in (bf16, other)]
     cells.append(", ".join("-" if share is None else f"{share:.2%}" for share in shares))
     planted = result["planted"].values()
