@@ -39,6 +39,7 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "ours, selective recompute": {"recompute": "selective"},
     "ours, bf16 moments": {"moments": torch.bfloat16},
     "ours, bf16 moments, selective recompute": {"moments": torch.bfloat16, "recompute": "selective"},
+    "ours, norm in products": {"norm_in_products": True},
     "ours, no graph": {"graph": False},
     "ours, transformer_engine": {"graph": False, "backend": "transformer_engine"},
     "megatron-core": {},

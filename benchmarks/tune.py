@@ -101,7 +101,7 @@ def compile_variant(job: Job, config: GroupedConfig) -> str:
         x_rows = o.tokens_R if job.gathered == "x" else None
         kernel = gradient._weight_gradient_kernel
         arguments, knobs = gradient.weight_gradient_arguments(
-            o.first, o.second, o.ends_E, d_rows, x_rows, o.out, accumulate=False, config=config
+            o.first, o.second, o.ends_E, d_rows, x_rows, o.out, None, accumulate=False, config=config
         )
     else:
         rows = o.tokens_R if job.gathered else None
@@ -120,7 +120,7 @@ def _compile_roles(job: Job, o: Operands, config: GroupedConfig) -> str:
     if job.is_gradient:
         kernel = hopper.weight_gradient_kernel
         arguments, knobs = hopper.weight_gradient_arguments(
-            o.first, o.second, o.ends_E, o.out, accumulate=False, config=config
+            o.first, o.second, o.ends_E, o.out, None, accumulate=False, config=config
         )
     else:
         kernel = hopper.matmul_kernel

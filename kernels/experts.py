@@ -210,13 +210,17 @@ def weight_gradient(
     if main is None and config.weight_gradient == "torch" and d_rows_R is None:
         return torch._grouped_mm(d.t(), x, offs=ends_E)  # as it comes: a copy into other memory is a pass over it
     out_EOI, accumulate = (torch.empty_like(weight), False) if main is None else main.target()
-    grouped_weight_gradient(
+    squares = grouped_weight_gradient(
         d,
         x,
         ends_E,
         out_EOI,
         accumulate=accumulate,
         d_rows_R=d_rows_R,
+        sums_squares=main is not None and main.wants_squares,
         backend=config.weight_gradient,
     )
-    return out_EOI if main is None else None
+    if main is None:
+        return out_EOI
+    main.squares = squares
+    return None

@@ -4,7 +4,8 @@ Two stages, so that the sum is the same at every run on a device: each program a
 a buffer in fp32, then the shares are added in fp64. Nothing is scaled here: Adam multiplies by the coefficient as it
 reads the gradient.
 
-Memory-bound. Floor: 4 bytes an element, each gradient read once.
+Memory-bound. Floor: 4 bytes an element, each gradient read once. What wrote a gradient may have squared it on the way:
+of such a one the squares are taken and nothing is read.
 """
 
 # Shapes: P programs of the first stage.
@@ -37,35 +38,43 @@ class GradientNormConfig:
 
 
 def gradient_norm(
-    gradients: Sequence[Tensor], *, backend: Backend = "reference", config: GradientNormConfig | None = None
+    gradients: Sequence[Tensor],
+    squares: Sequence[Tensor] = (),
+    *,
+    backend: Backend = "reference",
+    config: GradientNormConfig | None = None,
 ) -> Tensor:
     """The root of the sum of squares over all elements of all buffers, an fp32 scalar on their device.
 
-    Each buffer: contiguous fp32 of any shape. Raises ValueError for an argument that does not fit and BackendError
+    Each buffer: contiguous fp32 of any shape. `squares` are numbers, in tensors of any shape, that add up to the
+    squares of elements that are in no buffer. Raises ValueError for an argument that does not fit and BackendError
     when `backend` cannot run on their device. The torch backend is the reference. `config` overrides the launch knobs
     of the triton backend.
     """
-    if not gradients:
+    if not gradients and not squares:
         raise ValueError("gradient_norm: gradients: expected one buffer at least, found none")
-    for gradient in gradients:
-        check_tensor("gradient_norm", "gradients", gradient, like=gradients[0])
-        if gradient.dtype != torch.float32:
-            raise ValueError(f"gradient_norm: gradients: expected dtype torch.float32, found {gradient.dtype}")
-    require_backend(backend, gradients[0].device)
+    some = [*gradients, *squares][0]
+    for name, buffers in (("gradients", gradients), ("squares", squares)):
+        for buffer in buffers:
+            check_tensor("gradient_norm", name, buffer, like=some)
+            if buffer.dtype != torch.float32:
+                raise ValueError(f"gradient_norm: {name}: expected dtype torch.float32, found {buffer.dtype}")
+    require_backend(backend, some.device)
     if backend == "triton":
-        return _sum_of_squares_triton(gradients, config or GradientNormConfig()).sqrt().float()
-    return gradient_norm_reference(gradients)
+        sums = _sums_of_squares_triton(gradients, some.device, config or GradientNormConfig())
+        return torch.cat([sums, *(numbers.flatten() for numbers in squares)]).sum(dtype=torch.float64).sqrt().float()
+    return gradient_norm_reference(gradients, squares)
 
 
-def gradient_norm_reference(gradients: Sequence[Tensor]) -> Tensor:
+def gradient_norm_reference(gradients: Sequence[Tensor], squares: Sequence[Tensor] = ()) -> Tensor:
     """The definition, rows first; fp64 buffers give an fp64 norm."""
-    norms = list[Tensor]()
+    norms = [numbers.sum(dtype=torch.float64).sqrt().view(1) for numbers in squares]
     for gradient in gradients:
         whole = gradient.numel() // _REFERENCE_ROW * _REFERENCE_ROW
         flat = gradient.view(-1)
         norms.append(torch.linalg.vector_norm(flat[:whole].view(-1, _REFERENCE_ROW), dim=1))
         norms.append(torch.linalg.vector_norm(flat[whole:]).view(1))
-    return torch.linalg.vector_norm(torch.cat(norms), dtype=torch.float64).to(gradients[0].dtype)
+    return torch.linalg.vector_norm(torch.cat(norms), dtype=torch.float64).to([*gradients, *squares][0].dtype)
 
 
 def clip_coefficient(norm: Tensor, clip_grad: float) -> Tensor:
@@ -73,8 +82,7 @@ def clip_coefficient(norm: Tensor, clip_grad: float) -> Tensor:
     return (clip_grad / (norm + _CLIP_EPS)).clamp(max=1.0)
 
 
-def _sum_of_squares_triton(gradients: Sequence[Tensor], config: GradientNormConfig) -> Tensor:
-    device = gradients[0].device
+def _sums_of_squares_triton(gradients: Sequence[Tensor], device: torch.device, config: GradientNormConfig) -> Tensor:
     most = config.programs_per_multiprocessor * num_multiprocessors(device)
     programs = [min(most, -(-gradient.numel() // config.block)) for gradient in gradients]
     sums_P = torch.empty(sum(programs), dtype=torch.float32, device=device)
@@ -88,7 +96,7 @@ def _sum_of_squares_triton(gradients: Sequence[Tensor], config: GradientNormConf
                 NUM_STAGES=config.num_stages,
                 num_warps=config.num_warps,
             )
-    return sums_P.sum(dtype=torch.float64)
+    return sums_P
 
 
 @jit

@@ -97,10 +97,14 @@ def grouped_weight_gradient(
     accumulate: bool,
     d_rows_R: Tensor | None = None,
     x_rows_R: Tensor | None = None,
+    sums_squares: bool = False,
     backend: ProductsBackend = "reference",
     config: GroupedConfig | None = None,
-) -> None:
+) -> Tensor | None:
     """Write each expert's sum over its rows of d^T x into out_EOI, or add it to what is there.
+
+    With `sums_squares` returns fp32 numbers that add up to the squares of all of out_EOI, where the backend has them in
+    registers: triton, of an fp32 gradient that is written and not added to. Else None.
 
     d: [R, O]; with `d_rows_R`, [T, O], of which row r is d[d_rows_R[r]], or zeros where that is -1. x: [R, I], and
     `x_rows_R`, likewise. ends_E as in `grouped_matmul`. out_EOI: [E, O, I], fp32 or bf16; to accumulate, fp32. An
@@ -123,8 +127,10 @@ def grouped_weight_gradient(
         )
         product = Product(kind=kind, E=E, rows=outputs, columns=inputs, depth=rows.pop())
         config = config or config_for(product, d.device)
-        launch_weight_gradient(d, x, ends_E, d_rows_R, x_rows_R, out_EOI, accumulate=accumulate, config=config)
-        return
+        sums_squares = sums_squares and out_EOI.dtype == torch.float32 and not accumulate
+        return launch_weight_gradient(
+            d, x, ends_E, d_rows_R, x_rows_R, out_EOI, accumulate=accumulate, sums_squares=sums_squares, config=config
+        )
     d = d if d_rows_R is None else _gathered(d, d_rows_R)
     x = x if x_rows_R is None else _gathered(x, x_rows_R)
     if backend == "torch":
@@ -138,6 +144,7 @@ def grouped_weight_gradient(
         for expert, rows_of_expert in _rows_of_experts(ends_E):
             gradient = _wide(d[rows_of_expert]).t() @ _wide(x[rows_of_expert])
             out_EOI[expert] = out_EOI[expert] + gradient if accumulate else gradient
+    return None
 
 
 def _check_operands(operation: str, *, ends_E: Tensor, **operands: Tensor | None) -> None:

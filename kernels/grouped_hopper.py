@@ -3,7 +3,7 @@
 They take what the copy engine can take, and gather nothing: `fits` says whether they can compute a product.
 """
 
-# Shapes: R routed rows, E experts, N output columns.
+# Shapes: R routed rows, E experts, N output columns, P programs, M the rows of a tile.
 
 from __future__ import annotations
 
@@ -55,17 +55,32 @@ def matmul_arguments(
 
 
 def launch_weight_gradient(
-    d: Tensor, x: Tensor, ends_E: Tensor, out_EOI: Tensor, *, accumulate: bool, config: GroupedConfig
+    d: Tensor,
+    x: Tensor,
+    ends_E: Tensor,
+    out_EOI: Tensor,
+    squares_PM: Tensor | None,
+    programs: int,
+    *,
+    accumulate: bool,
+    config: GroupedConfig,
 ) -> None:
-    """Write out_EOI or add to it. Arguments as of `grouped_weight_gradient`."""
-    E, outputs, inputs = out_EOI.shape
-    tiles = E * -(-outputs // config.block_rows) * -(-inputs // config.block_columns)
-    arguments, knobs = weight_gradient_arguments(d, x, ends_E, out_EOI, accumulate=accumulate, config=config)
-    weight_gradient_kernel[(min(tiles, num_multiprocessors(d.device)),)](*arguments, **knobs)
+    """Write out_EOI or add to it, and the squares where they are wanted, by so many programs."""
+    arguments, knobs = weight_gradient_arguments(
+        d, x, ends_E, out_EOI, squares_PM, accumulate=accumulate, config=config
+    )
+    weight_gradient_kernel[(programs,)](*arguments, **knobs)
 
 
 def weight_gradient_arguments(
-    d: Tensor, x: Tensor, ends_E: Tensor, out_EOI: Tensor, *, accumulate: bool, config: GroupedConfig
+    d: Tensor,
+    x: Tensor,
+    ends_E: Tensor,
+    out_EOI: Tensor,
+    squares_PM: Tensor | None,
+    *,
+    accumulate: bool,
+    config: GroupedConfig,
 ) -> tuple[tuple, dict]:
     """What the kernel is called with: arguments by position, then by keyword."""
     E, outputs, inputs = out_EOI.shape
@@ -75,8 +90,9 @@ def weight_gradient_arguments(
         ragged_of(x, [BR, BI]),
         descriptor_of(out_EOI, [1, half, PART // out_EOI.element_size()]),
         ends_E,
+        ends_E if squares_PM is None else squares_PM,  # warps with roles can be told no None
     )
-    knobs = {"E": E, "OUTPUTS": outputs, "INPUTS": inputs, "ADD": accumulate}
+    knobs = {"E": E, "OUTPUTS": outputs, "INPUTS": inputs, "ADD": accumulate, "SQUARES": squares_PM is not None}
     return arguments, knobs | _knobs(config, out_EOI)
 
 

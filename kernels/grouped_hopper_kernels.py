@@ -305,11 +305,13 @@ def _gradient_half(
     tiles,
     barriers,
     ends_ptr,
+    squares_ptr,
     HALF: gl.constexpr,
     E: gl.constexpr,
     OUTPUTS: gl.constexpr,
     INPUTS: gl.constexpr,
     ACCUMULATE: gl.constexpr,
+    SQUARES: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -322,6 +324,9 @@ def _gradient_half(
     COLUMN_TILES: gl.constexpr = (INPUTS + BLOCK_N - 1) // BLOCK_N
     PER_EXPERT: gl.constexpr = ROW_TILES * COLUMN_TILES
     TILES: gl.constexpr = E * PER_EXPERT
+    # Summed along a row alone, which the threads of a quad hold: no warp waits for another.
+    layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
+    squares = gl.zeros([BLOCK_M // 2], gl.float32, layout)
     step = 0
     begin, end = _rows_of(ends_ptr, gl.program_id(0), PER_EXPERT, TILES)
     wait_for_lead(barriers, HALF, LEAD)
@@ -332,10 +337,15 @@ def _gradient_half(
         steps = gl.maximum((end - begin + BLOCK_K - 1) // BLOCK_K, 1)
         sums = multiply(tiles, barriers, step, steps, HALF, True, False, BLOCK_M, BLOCK_N, STAGES, LEAD)
         step += steps
+        if SQUARES:
+            squares += gl.sum(sums * sums, 1)
         place = (tile // PER_EXPERT, row_tile * BLOCK_M + HALF * (BLOCK_M // 2))
         _store(out, tiles, sums, place, column_tile * BLOCK_N, HALF, BUFFERS, ACCUMULATE)
         begin, end = next_begin, next_end
     give_lead(barriers, step, HALF, LEAD)
+    if SQUARES:
+        first = gl.program_id(0) * BLOCK_M + HALF * (BLOCK_M // 2)
+        gl.store(squares_ptr + first + gl.arange(0, BLOCK_M // 2, layout), squares)
     tma.store_wait(0)
 
 
@@ -345,10 +355,12 @@ def weight_gradient_kernel(
     x,
     out,
     ends_ptr,
+    squares_ptr,
     E: gl.constexpr,
     OUTPUTS: gl.constexpr,
     INPUTS: gl.constexpr,
     ADD: gl.constexpr,
+    SQUARES: gl.constexpr,
     M_: gl.constexpr,
     N_: gl.constexpr,
     K_: gl.constexpr,
@@ -357,15 +369,25 @@ def weight_gradient_kernel(
     BUFFERS: gl.constexpr,
     LEAD: gl.constexpr,
 ):
-    """Each expert's sum over its rows of d^T x, N_ columns of M_ rows at a time."""
+    """Each expert's sum over its rows of d^T x, N_ columns of M_ rows at a time.
+
+    With SQUARES each program leaves the sums of squares of what it wrote, by the row of a tile.
+    """
     s, b = shared_memory(d, x, out, STAGES, BUFFERS)
     t = ends_ptr
+    q = squares_ptr
     U: gl.constexpr = 0
     L: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_gradient_half, (out, s, b, t, U, E, OUTPUTS, INPUTS, ADD, M_, N_, K_, GROUP, STAGES, BUFFERS, LEAD)),
-            (_gradient_half, (out, s, b, t, L, E, OUTPUTS, INPUTS, ADD, M_, N_, K_, GROUP, STAGES, BUFFERS, LEAD)),
+            (
+                _gradient_half,
+                (out, s, b, t, q, U, E, OUTPUTS, INPUTS, ADD, SQUARES, M_, N_, K_, GROUP, STAGES, BUFFERS, LEAD),
+            ),
+            (
+                _gradient_half,
+                (out, s, b, t, q, L, E, OUTPUTS, INPUTS, ADD, SQUARES, M_, N_, K_, GROUP, STAGES, BUFFERS, LEAD),
+            ),
             (_gradient_loads, (d, x, s, b, t, E, OUTPUTS, INPUTS, M_, N_, K_, GROUP, STAGES)),
         ],
         [4, 1],

@@ -19,15 +19,20 @@ class MainGradient:
     every step, so a captured CUDA graph repeats what it was captured with.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, *, wants_squares: bool = False) -> None:
+        """With `wants_squares` a product that fills the tensor is asked to leave the sum of its squares as well."""
         if tensor.dtype != torch.float32:
             raise ValueError(f"main gradient: expected dtype torch.float32, found {tensor.dtype}")
         self.tensor = tensor
         self.is_filled = False
+        self.wants_squares = wants_squares
+        self.squares: Tensor | None = None
+        """Numbers that add up to the sum of squares of the tensor as it stands, where what filled it knew them."""
 
     def target(self) -> tuple[Tensor, bool]:
         """The memory to write into, and whether to add to what is there (else overwrite it). Counts as filled."""
         accumulate, self.is_filled = self.is_filled, True
+        self.squares = None
         return self.tensor, accumulate
 
     def add(self, gradient: Tensor) -> None:
@@ -57,6 +62,7 @@ class MainGradient:
     def finish(self) -> Tensor:
         """The sum of the step, zero if nothing contributed; the next contribution starts a new one."""
         if not self.is_filled:
+            self.squares = None
             self.tensor.zero_()
         self.is_filled = False
         return self.tensor

@@ -39,7 +39,13 @@ class FlatGroup:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], *, weight_decay: float, moments: torch.dtype, first: int
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        weight_decay: float,
+        moments: torch.dtype,
+        wants_squares: bool = False,
+        first: int,
     ) -> None:
         """`first` is the position of the group's first element among those of all groups.
 
@@ -59,7 +65,9 @@ class FlatGroup:
         self.main = self.weight if some.dtype == torch.float32 else self.weight.float()
         self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.main, dtype=moments) for _ in range(2))
         self.gradient = torch.zeros_like(self.main)
-        self._main_gradients = {name: MainGradient(slot.of(self.gradient)) for name, slot in self.slots.items()}
+        self._main_gradients = {
+            name: MainGradient(slot.of(self.gradient), wants_squares=wants_squares) for name, slot in self.slots.items()
+        }
         for name, parameter in parameters.items():
             set_main_gradient(parameter, self._main_gradients[name])
             parameter.register_post_accumulate_grad_hook(_collect)
@@ -73,11 +81,22 @@ class FlatGroup:
         """One of the group's buffers by parameter name."""
         return {name: slot.of(flat) for name, slot in self.slots.items()}
 
-    def finish_gradient(self) -> Tensor:
-        """The gradients of the step, zero where none came; the next contribution starts new ones."""
-        for main_gradient in self._main_gradients.values():
+    def finish_gradient(self) -> tuple[list[Tensor], list[Tensor]]:
+        """End the gradients of the step, zero where none came; the next contribution starts new ones.
+
+        Returns the stretches of `gradient` of which no sum of squares is known, and numbers that add up to those of
+        the others.
+        """
+        unknown, known, start = list[Tensor](), list[Tensor](), 0
+        for name, slot in self.slots.items():
+            main_gradient = self._main_gradients[name]
             main_gradient.finish()
-        return self.gradient
+            if main_gradient.squares is not None:
+                known.append(main_gradient.squares)
+                unknown.append(self.gradient[start : slot.start])
+                start = _aligned(slot.stop)
+        unknown.append(self.gradient[start:])
+        return [stretch for stretch in unknown if stretch.numel()], known
 
     def forget_gradient(self) -> None:
         """The next contribution starts new gradients, whatever came so far."""
@@ -91,7 +110,7 @@ class FlatGroup:
 
 
 def flat_groups(
-    parameters: Mapping[str, nn.Parameter], *, weight_decay: float, moments: torch.dtype
+    parameters: Mapping[str, nn.Parameter], *, weight_decay: float, moments: torch.dtype, wants_squares: bool = False
 ) -> list[FlatGroup]:
     """The parameters in groups by dtype and decay: matrices decay, vectors (norms, biases) do not."""
     alike: dict[tuple[torch.dtype, float], dict[str, nn.Parameter]] = {}
@@ -100,7 +119,7 @@ def flat_groups(
         alike.setdefault((parameter.dtype, decay), {})[name] = parameter
     groups, first = list[FlatGroup](), 0
     for (_, decay), members in alike.items():
-        groups.append(FlatGroup(members, weight_decay=decay, moments=moments, first=first))
+        groups.append(FlatGroup(members, weight_decay=decay, moments=moments, wants_squares=wants_squares, first=first))
         first += groups[-1].numel
     return groups
 
@@ -109,8 +128,13 @@ def _slots(parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Slot], int
     slots, end = dict[str, Slot](), 0
     for name, parameter in parameters.items():
         slots[name] = Slot(start=end, stop=end + parameter.numel(), shape=parameter.shape)
-        end += -(-parameter.numel() // ALIGNED) * ALIGNED
+        end = _aligned(end + parameter.numel())
     return slots, end
+
+
+def _aligned(end: int) -> int:
+    """Where the next parameter may begin."""
+    return -(-end // ALIGNED) * ALIGNED
 
 
 def _collect(parameter: Tensor) -> None:

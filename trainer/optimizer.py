@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,12 @@ class Optimizer:
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         if not trained:
             raise ValueError("optimizer: no parameter of the model requires a gradient")
-        self._groups = flat_groups(trained, weight_decay=options.weight_decay, moments=_MOMENTS[options.moments])
+        self._groups = flat_groups(
+            trained,
+            weight_decay=options.weight_decay,
+            moments=_MOMENTS[options.moments],
+            wants_squares=options.norm_in_products,
+        )
         self._untrained = {name: parameter for name, parameter in parameters.items() if name not in trained}
         # An untrained weight goes into a checkpoint as it came, in fp32 though the model computes in bf16.
         main = {**self._views("main"), **{name: held.detach().float() for name, held in self._untrained.items()}}
@@ -59,7 +65,8 @@ class Optimizer:
         A CUDA graph may hold it. Each replay counts as one step and reads `lr` anew.
         """
         options = self._options
-        norm = gradient_norm([group.finish_gradient() for group in self._groups], backend=self._norm_backend)
+        unknown, known = zip(*(group.finish_gradient() for group in self._groups), strict=True)
+        norm = gradient_norm([*chain(*unknown)], [*chain(*known)], backend=self._norm_backend)
         coefficient = clip_coefficient(norm, options.clip_grad) if options.clip_grad else None
         self._step.add_(1)
         for group in self._groups:

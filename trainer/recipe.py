@@ -83,6 +83,8 @@ class OptimizerSection(Section):
     """The largest allowed norm of all gradients together; 0 turns clipping off."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """What Adam's two moments are kept in: in bf16 they take 4 bytes a parameter less (checkpoints hold fp32)."""
+    norm_in_products: bool = False
+    """Experts' gradients are squared by the products that write them, so that the norm does not read them again."""
 
 
 class ScheduleSection(Section):

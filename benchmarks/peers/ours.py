@@ -33,7 +33,10 @@ class Ours:
         self.decoder = random_decoder(slice_, choice.name, options)
         spare_memory(self.decoder, recompute=options.recompute, offload=False)
         moments = "bf16" if options.moments == torch.bfloat16 else "fp32"
-        self.optimizer = Optimizer(self.decoder, OptimizerSection(lr=_LR, moments=moments))
+        self.optimizer = Optimizer(
+            self.decoder,
+            OptimizerSection(lr=_LR, moments=moments, norm_in_products=options.norm_in_products),
+        )
         shape = (slice_.micro_batch_size, slice_.sequence_length + 1)
         self.batch_BS = random_tokens(shape, slice_.config.vocab_size, torch.device("cpu"))
         self.parameters = sum(parameter.numel() for parameter in self.decoder.parameters())
@@ -52,6 +55,8 @@ class Ours:
         self.kernels = f"ckptbridge {__version__}, {choice.name} kernels, fp32 main weights, {moments} moments"
         if options.recompute != "none":
             self.kernels += f", {options.recompute} recompute"
+        if options.norm_in_products:
+            self.kernels += ", norm in products"
 
     @property
     def description(self) -> str:

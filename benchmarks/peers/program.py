@@ -23,6 +23,8 @@ class Options:
     """Of our kernels."""
     recompute: Literal["none", "selective"] = "none"
     """What our backward pass computes again instead of keeping it: norms and SwiGLUs, or nothing."""
+    norm_in_products: bool = False
+    """Our products leave the squares of experts' gradients for the norm."""
 
 
 class Program(Protocol):

@@ -17,7 +17,7 @@ from tests.kernels.poison import poisoned_memory
 from tests.kernels.tolerances import FP32, REDUCTION, assert_close
 
 Matmul = Callable[..., Tensor]
-WeightGradient = Callable[..., None]
+WeightGradient = Callable[..., Tensor | None]
 
 BEHIND = 2**30  # an index that nobody may follow
 
@@ -86,7 +86,7 @@ def check_weight_gradient(
     roundings: int = 1,
     seed: int = 0,
 ) -> None:
-    """Run `operation` on a case; AssertionError names the first expert whose gradient is off."""
+    """Run `operation` on a case; AssertionError names the first expert whose gradient is off, or the squares."""
     generator = torch.Generator(device).manual_seed(seed)
     d = rows_of(case, case.N, generator, gathered=d_gathered)
     x = rows_of(case, case.K, generator, gathered=x_gathered)
@@ -94,7 +94,7 @@ def check_weight_gradient(
     before = out.clone()
     if not accumulate:
         out.fill_(torch.nan)
-    operation(
+    squares = operation(
         d.given,
         x.given,
         ends_of(case, device),
@@ -106,6 +106,12 @@ def check_weight_gradient(
     for expert, rows in enumerate(case.experts):
         earlier = before[expert].double() if accumulate else None
         _assert_product(f"gradient of expert {expert}", out[expert], d.wide[rows].t(), x.wide[rows], earlier, roundings)
+    if squares is not None:
+        assert not accumulate, "squares: of a gradient that was added to"
+        assert dtype == torch.float32, "squares: of a gradient before it was rounded"
+        expected = out.double().square().sum().item()
+        # Positive terms in fp32, added in rows of a tile, tile after tile: some hundreds one after the other.
+        assert abs(squares.double().sum().item() - expected) <= 512 * 2.0**-24 * expected, "squares: not those of out"
 
 
 def _assert_product(

@@ -17,11 +17,13 @@ SIZES = [(1,), (5, 0, 3), (1023,), (1024, 1025), (4096,), (4097, 2), (70_001,), 
 
 
 @poisoned_memory()
-def check_gradient_norm(operation, sizes, device, scale=1.0, seed=0):
+def check_gradient_norm(operation, sizes, device, scale=1.0, seed=0, known=0):
+    """Of the last `known` buffers the operation gets squares, in rows of three where they can be cut so."""
     generator = torch.Generator(device).manual_seed(seed)
     gradients = [random_tensor((size,), FP32, generator, scale=scale) for size in sizes]
     before = [gradient.clone() for gradient in gradients]
-    norm = operation(gradients)
+    squares = [_squares(gradient) for gradient in gradients[len(gradients) - known :]]
+    norm = operation(gradients[: len(gradients) - known], *([squares] if known else []))
     expected = torch.cat(gradients).double().norm()
     assert norm.dtype == FP32
     assert norm.shape == ()
@@ -35,6 +37,32 @@ def check_gradient_norm(operation, sizes, device, scale=1.0, seed=0):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_norm_equals_fp64(sizes, backend, device):
     check_gradient_norm(partial(gradient_norm, backend=backend), sizes, device)
+
+
+def _squares(gradient):
+    squares = gradient.square()
+    return squares.view(-1, 3) if len(squares) % 3 == 0 else squares
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("known", [1, 3])
+def test_of_some_buffers_the_squares_are_known(known, backend, device):
+    check_gradient_norm(partial(gradient_norm, backend=backend), (4097, 30, 300), device, known=known)
+
+
+def _squares_left_out(gradients, squares=()):
+    return gradient_norm(gradients)
+
+
+def _squares_taken_for_gradients(gradients, squares=()):
+    return gradient_norm([*gradients, *squares])
+
+
+@pytest.mark.parametrize("fault", [_squares_left_out, _squares_taken_for_gradients])
+def test_oracle_catches_wrong_use_of_squares(fault, device):
+    check_gradient_norm(gradient_norm, (50, 30), device, known=1)
+    with pytest.raises(AssertionError, match="norm"):
+        check_gradient_norm(fault, (50, 30), device, known=1)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -119,5 +147,6 @@ def test_arguments_that_do_not_fit():
 
     refused("expected one buffer at least", [])
     refused(r"expected dtype torch.float32, found torch.bfloat16", [torch.zeros(3).bfloat16()])
+    refused(r"squares: expected dtype torch.float32, found torch.bfloat16", [], squares=[torch.zeros(3).bfloat16()])
     refused(r"expected a contiguous tensor", [torch.zeros(4, 4).t()])
     refused(r"backend: expected one of reference", [torch.zeros(3)], backend="cuda")

@@ -52,12 +52,13 @@ def test_weight_gradient_equals_fp64(case, gathered, accumulate, device):
     keywords = {"accumulate": accumulate, "d_gathered": gathered[0], "x_gathered": gathered[1]}
     check_weight_gradient(grouped_weight_gradient, case, device, **keywords)
     check_weight_gradient(gradient_of(SMALL_TILES), case, device, **keywords)
+    check_weight_gradient(gradient_of(SMALL_TILES, sums_squares=True), case, device, **keywords)
 
 
 @pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS.keys())
 def test_launch_knobs_give_the_same_numbers(knobs, device):
     check_matmul(matmul_of(knobs), RAGGED, device)
-    check_weight_gradient(gradient_of(knobs), RAGGED, device)
+    check_weight_gradient(gradient_of(knobs, sums_squares=True), RAGGED, device)
     check_weight_gradient(gradient_of(knobs), RAGGED, device, accumulate=True)
 
 
@@ -68,7 +69,8 @@ def test_real_shapes_equal_fp64(case, gathered, device):
     if not gathered:
         check_matmul(matmul_of(), case, device, transposed=False)
     for accumulate in (False, True):
-        check_weight_gradient(gradient_of(), case, device, accumulate=accumulate, x_gathered=gathered)
+        operation = gradient_of(sums_squares=True)
+        check_weight_gradient(operation, case, device, accumulate=accumulate, x_gathered=gathered)
 
 
 def test_gradient_in_bf16(device):
@@ -230,6 +232,36 @@ def _expert_without_rows_left_out(d, x, ends_E, out, **keywords):
 def _rounded_to_bf16(d, x, ends_E, out, **keywords):
     grouped_weight_gradient(d, x, ends_E, out, **keywords)
     out.copy_(out.bfloat16())
+
+
+def _squares_of_all_programs_but_one(d, x, ends_E, out, **keywords):
+    return gradient_of(SMALL_TILES, sums_squares=True)(d, x, ends_E, out, **keywords)[1:]
+
+
+def _squares_before_the_addition(d, x, ends_E, out, *, accumulate, **keywords):
+    operation = gradient_of(SMALL_TILES, sums_squares=True)
+    squares = operation(d, x, ends_E, torch.empty_like(out), accumulate=False, **keywords)
+    grouped_weight_gradient(d, x, ends_E, out, accumulate=accumulate, **keywords)
+    return squares
+
+
+def test_squares_are_known_of_what_is_written_in_fp32_alone(device):
+    d, x = (torch.randn(40, width, device=device).bfloat16() for width in (24, 16))
+    ends_E = torch.tensor([10, 10, 40], dtype=torch.int32, device=device)
+    out = torch.zeros(3, 24, 16, device=device)
+    for backend in ("reference", "triton"):
+        operation = partial(grouped_weight_gradient, d, x, ends_E, sums_squares=True, backend=backend)
+        assert (operation(out, accumulate=False) is not None) == (backend == "triton")
+        assert operation(out, accumulate=True) is None
+        assert operation(out.bfloat16(), accumulate=False) is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "accumulate"), [(_squares_of_all_programs_but_one, False), (_squares_before_the_addition, True)]
+)
+def test_oracle_catches_wrong_squares(fault, accumulate, device):
+    with pytest.raises(AssertionError, match="squares: "):
+        check_weight_gradient(fault, RAGGED, device, accumulate=accumulate)
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,9 @@ def test_matmul_equals_fp64(case, transposed, knobs, device):
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_weight_gradient_equals_fp64(case, accumulate, knobs, device):
-    operation = partial(grouped_weight_gradient, backend="triton", config=knobs)
-    check_weight_gradient(operation, case, device, accumulate=accumulate)
+    for sums_squares in (False, True):
+        operation = partial(grouped_weight_gradient, sums_squares=sums_squares, backend="triton", config=knobs)
+        check_weight_gradient(operation, case, device, accumulate=accumulate)
 
 
 @on_hopper

@@ -59,6 +59,23 @@ def test_without_a_contribution_the_sum_is_zero(device):
     assert not main.finish().any()
 
 
+def test_squares_are_forgotten_with_what_they_are_of(device):
+    main = poisoned(4, device=device)
+
+    def fill():
+        main.add(torch.ones(4, device=device))
+        main.squares = torch.full((1,), 4.0, device=device)
+
+    fill()
+    main.finish()
+    assert main.squares is not None
+    main.finish()
+    assert main.squares is None  # nothing came: the sum is zero
+    fill()
+    main.add(torch.ones(4, device=device))
+    assert main.squares is None
+
+
 def test_a_weight_carries_its_own(device):
     weight = torch.zeros(3, 2, device=device)
     assert main_gradient_of(weight) is None

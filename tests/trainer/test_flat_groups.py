@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from ckptbridge.kernels.experts import ProductsConfig, weight_gradient
 from ckptbridge.kernels.main_gradient import main_gradient_of
 from ckptbridge.trainer.flat_groups import ALIGNED, FlatGroup, flat_groups
 from ckptbridge.trainer.optimizer import Optimizer
@@ -117,9 +118,50 @@ def test_gradients_of_autograd_and_of_operations_add_up() -> None:
     assert net.stacked.grad is None
     main_gradient_of(net.stacked).add(torch.ones(3, 5, 16))
     net.stacked.float().mul(2).sum().backward()
-    gradient = group.slots["stacked"].of(group.finish_gradient())
+    group.finish_gradient()
+    gradient = group.slots["stacked"].of(group.gradient)
     assert gradient.eq(4).all()
     assert not group.slots["first.weight"].of(group.gradient).any()  # nothing came, and nothing is left over
     net.stacked.sum().backward()
-    assert group.slots["stacked"].of(group.finish_gradient()).eq(1).all()
-    assert not group.finish_gradient().any()
+    group.finish_gradient()
+    assert group.slots["stacked"].of(group.gradient).eq(1).all()
+    group.finish_gradient()
+    assert not group.gradient.any()
+
+
+def test_stretches_are_those_whose_squares_nobody_knows() -> None:
+    net = Net()
+    (group, *_) = grouped(net)
+    squares = torch.tensor([5.0])
+
+    def stretches(*known: str) -> list[tuple[int, int]]:
+        for name in group.slots:
+            main_gradient = main_gradient_of(net.get_parameter(name))
+            main_gradient.add(torch.ones(group.slots[name].shape))
+            main_gradient.squares = squares if name in known else None
+        unknown, found = group.finish_gradient()
+        assert len(found) == len(known)
+        assert all(numbers is squares for numbers in found)
+        return [(piece.storage_offset(), len(piece)) for piece in unknown]
+
+    assert stretches() == [(0, 512)]
+    assert stretches("stacked") == [(256, 256)]
+    assert stretches("first.weight") == [(0, 256)]
+    assert stretches("stacked", "first.weight") == []
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_norm_of_a_step_whose_products_know_their_squares(wanted: bool) -> None:
+    net = Net()
+    optimizer = Optimizer(net, OptimizerSection(norm_in_products=wanted), backend="triton")
+    config = ProductsConfig(matmul="triton", weight_gradient="triton")
+    main_gradient = main_gradient_of(net.stacked)
+    d, x = torch.randn(9, 5).bfloat16(), torch.randn(9, 16).bfloat16()
+    ends_E = torch.tensor([2, 2, 9], dtype=torch.int32)
+    for products in (1, 2):  # the second adds to the first, whose squares then are not those of the sum
+        for _ in range(products):
+            weight_gradient(d, x, ends_E, net.stacked, main_gradient, config)
+        assert (main_gradient.squares is not None) == (wanted and products == 1)
+        main_gradient_of(net.wide).add(torch.ones(300))
+        squares = sum((d[rows].double().t() @ x[rows].double()).square().sum() for rows in (slice(2), slice(2, 9)))
+        assert optimizer.step(1e-3) == pytest.approx((products**2 * squares + 300).sqrt().item(), rel=1e-6)

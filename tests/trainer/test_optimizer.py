@@ -106,7 +106,7 @@ def _swaps_the_moments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _keeps_the_last_steps_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FlatGroup, "finish_gradient", lambda self: self.gradient)
+    monkeypatch.setattr(FlatGroup, "finish_gradient", lambda self: ([self.gradient], []))
 
 
 def _loses_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
