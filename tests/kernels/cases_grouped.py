@@ -66,3 +66,12 @@ REAL = [
     GroupedCase(counts=_uneven(128, T * 8), K=2048, N=1536, tokens=T, model="qwen3-30b-a3b"),
     GroupedCase(counts=_uneven(128, T * 8 - 1000), K=768, N=2048, tokens=T, unused=1000, model="qwen3-30b-a3b"),
 ]
+
+MANY = GroupedCase(counts=(700, 0, 1, 2049, 128, 5000, 0, 333), K=1096, N=1544, unused=77)
+"""Several tiles for every multiprocessor, of many steps and of none, and a last wave that is not full."""
+
+
+def ragged_to_capture(*, rows: int) -> list[GroupedCase]:
+    """Ways to spread as many rows over four experts."""
+    spread = [(rows // 20, 0, 16 * rows // 25, 31 * rows // 100), (rows, 0, 0, 0), (0, 1, rows - 2, 1)]
+    return [GroupedCase(counts=counts, K=72, N=136) for counts in spread]

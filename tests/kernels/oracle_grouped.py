@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ckptbridge.kernels.grouped_gemm import grouped_matmul, grouped_weight_gradient
 from tests.kernels.cases import BF16, random_tensor
 from tests.kernels.cases_grouped import GroupedCase
 from tests.kernels.poison import poisoned_memory
@@ -112,6 +114,41 @@ def check_weight_gradient(
         expected = out.double().square().sum().item()
         # Positive terms in fp32, added in rows of a tile, tile after tile: some hundreds one after the other.
         assert abs(squares.double().sum().item() - expected) <= 512 * 2.0**-24 * expected, "squares: not those of out"
+
+
+class Captured:
+    """Both products of some operands, and a CUDA graph of them that is replayed with other ends.
+
+    All cases have the widths and the number of experts of the first, and as many rows.
+    """
+
+    def __init__(self, case: GroupedCase, device: torch.device, **keywords: Any) -> None:
+        """`keywords` go to both products: the backend, the config."""
+        E = len(case.counts)
+        self.a, self.d = (torch.randn(case.R, width, device=device).bfloat16() for width in (case.K, case.N))
+        self.weight = torch.randn(E, case.N, case.K, device=device).bfloat16()
+        self.ends_E = torch.zeros(E, dtype=torch.int32, device=device)
+        self.gradient = torch.empty(E, case.N, case.K, device=device)
+        self.keywords = keywords
+
+    def run(self) -> Tensor:
+        grouped_weight_gradient(self.d, self.a, self.ends_E, self.gradient, accumulate=False, **self.keywords)
+        return grouped_matmul(self.a, self.weight, self.ends_E, transposed=True, **self.keywords)
+
+    def check(self, cases: Sequence[GroupedCase]) -> None:
+        """One graph, any routing: nothing about the rows of an expert is baked in."""
+        self.run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self.run()
+        for case in cases:
+            self.ends_E.copy_(torch.tensor(case.counts).cumsum(0))
+            graph.replay()
+            for expert, rows in enumerate(case.experts):
+                a, d = self.a[rows], self.d[rows].float()
+                torch.testing.assert_close(out[rows], a @ self.weight[expert].t(), rtol=2e-2, atol=2e-2)
+                torch.testing.assert_close(self.gradient[expert], d.t() @ a.float(), rtol=1e-3, atol=1e-3)
 
 
 def _assert_product(

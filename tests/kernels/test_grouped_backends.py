@@ -23,15 +23,13 @@ from ckptbridge.kernels.grouped_backend import (
 )
 from ckptbridge.kernels.grouped_gemm import grouped_matmul, grouped_weight_gradient
 from tests.kernels.cases_experts import REAL_EXPERTS, SMALL_EXPERTS
-from tests.kernels.cases_grouped import REAL, SMALL, GroupedCase
+from tests.kernels.cases_grouped import MANY, REAL, SMALL, ragged_to_capture
 from tests.kernels.oracle_experts import MAIN_GRADIENTS, check_experts
-from tests.kernels.oracle_grouped import check_matmul, check_weight_gradient
+from tests.kernels.oracle_grouped import Captured, check_matmul, check_weight_gradient
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FOREIGN = ("quack", "transformer_engine")
 HERE = [name for name in FOREIGN if products_obstacle(name, DEVICE) is None]
-# Several tiles for every multiprocessor, of many steps and of none, and a last wave that is not full.
-MANY = GroupedCase(counts=(700, 0, 1, 2049, 128, 5000, 0, 333), K=1096, N=1544, unused=77)
 RAGGED = SMALL[2]
 CASES = [*(case for case in SMALL if case.K % 8 == case.N % 8 == 0), MANY]
 BOTH = (False, True)
@@ -85,36 +83,18 @@ def test_a_matrix_that_is_trained_is_taken(name, device):
 
 @foreign()
 def test_a_graph_follows_the_ends_unless_the_host_must_know_them(name, device):
-    cases = [GroupedCase(counts=counts, K=72, N=136) for counts in ((5, 0, 64, 31), (100, 0, 0, 0), (0, 1, 98, 1))]
-    a, d = (torch.randn(100, width, device=device).bfloat16() for width in (72, 136))
-    weight = torch.randn(4, 136, 72, device=device).bfloat16()
-    ends_E = torch.zeros(4, dtype=torch.int32, device=device)
-    gradient = torch.empty(4, 136, 72, device=device)
-
-    def both() -> torch.Tensor:
-        grouped_weight_gradient(d, a, ends_E, gradient, accumulate=False, backend=name)
-        return grouped_matmul(a, weight, ends_E, transposed=True, backend=name)
-
-    both()
-    torch.cuda.synchronize()
-    if name in WAITING:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
-                both()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    cases = ragged_to_capture(rows=100)
+    captured = Captured(cases[0], device, backend=name)
+    if name not in WAITING:
+        captured.check(cases)
         return
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = both()
-    for case in cases:
-        ends_E.copy_(torch.tensor(case.counts).cumsum(0))
-        graph.replay()
-        expected = torch.cat([a[rows] @ weight[e].t() for e, rows in enumerate(case.experts)])
-        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
-        for expert, rows in enumerate(case.experts):
-            torch.testing.assert_close(gradient[expert], d[rows].float().t() @ a[rows].float(), rtol=1e-3, atol=1e-3)
+    captured.run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
+            captured.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # Planted faults, found in every foreign product as in the definition.

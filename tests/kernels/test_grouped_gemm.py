@@ -10,8 +10,8 @@ import torch
 
 from ckptbridge.kernels.grouped_config import DEFAULT, GroupedConfig, Product, config_for
 from ckptbridge.kernels.grouped_gemm import grouped_matmul, grouped_weight_gradient
-from tests.kernels.cases_grouped import REAL, SMALL, GroupedCase
-from tests.kernels.oracle_grouped import check_matmul, check_weight_gradient
+from tests.kernels.cases_grouped import REAL, SMALL, GroupedCase, ragged_to_capture
+from tests.kernels.oracle_grouped import Captured, check_matmul, check_weight_gradient
 
 ON_GPU = torch.cuda.is_available()
 TILES = GroupedConfig(block_rows=64, block_columns=64, block_depth=32, num_warps=4, group=2, parts=2)
@@ -103,30 +103,8 @@ def test_same_numbers_in_every_run(device):
 
 @pytest.mark.parametrize("step", range(1 if ON_GPU else 0))
 def test_captured_in_a_graph_it_follows_the_ends(step, device):
-    """One graph, any routing: nothing about the rows of an expert is baked in."""
-    cases = [GroupedCase(counts=counts, K=72, N=136) for counts in ((5, 0, 64, 31), (100, 0, 0, 0), (0, 1, 98, 1))]
-    a = torch.randn(100, 72, device=device).bfloat16()
-    weight = torch.randn(4, 136, 72, device=device).bfloat16()
-    d = torch.randn(100, 136, device=device).bfloat16()
-    ends_E = torch.zeros(4, dtype=torch.int32, device=device)
-    gradient = torch.empty(4, 136, 72, device=device)
-
-    def both() -> torch.Tensor:
-        grouped_weight_gradient(d, a, ends_E, gradient, accumulate=False, backend="triton")
-        return grouped_matmul(a, weight, ends_E, transposed=True, backend="triton")
-
-    both()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = both()
-    for case in cases:
-        ends_E.copy_(torch.tensor(case.counts).cumsum(0))
-        graph.replay()
-        expected = torch.cat([a[rows] @ weight[e].t() for e, rows in enumerate(case.experts)])
-        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
-        for expert, rows in enumerate(case.experts):
-            torch.testing.assert_close(gradient[expert], d[rows].float().t() @ a[rows].float(), rtol=1e-3, atol=1e-3)
+    cases = ragged_to_capture(rows=100)
+    Captured(cases[0], device, backend="triton").check(cases)
 
 
 # Planted faults: each computes something else than the definition, and the oracle must say so.

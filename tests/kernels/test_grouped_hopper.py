@@ -10,12 +10,10 @@ import torch
 from ckptbridge.kernels.grouped_config import GroupedConfig
 from ckptbridge.kernels.grouped_gemm import grouped_matmul, grouped_weight_gradient
 from ckptbridge.kernels.grouped_tiles import hopper_kernels
-from tests.kernels.cases_grouped import SMALL, GroupedCase
-from tests.kernels.oracle_grouped import check_matmul, check_weight_gradient
+from tests.kernels.cases_grouped import MANY, SMALL, ragged_to_capture
+from tests.kernels.oracle_grouped import Captured, check_matmul, check_weight_gradient
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-# Several tiles for every multiprocessor, of many steps and of none, and a last wave that is not full.
-MANY = GroupedCase(counts=(700, 0, 1, 2049, 128, 5000, 0, 333), K=1096, N=1544, unused=77)
 CASES = [SMALL[0], SMALL[2], SMALL[3], MANY]
 KNOBS = {
     "narrow": GroupedConfig(block_rows=128, block_columns=64, num_stages=3, group=2, engine="gluon"),
@@ -70,26 +68,5 @@ def test_same_numbers_in_every_run(knobs, device):
 
 @on_hopper
 def test_captured_in_a_graph_it_follows_the_ends(knobs, device):
-    a, d = (torch.randn(1000, width, device=device).bfloat16() for width in (72, 136))
-    weight = torch.randn(4, 136, 72, device=device).bfloat16()
-    ends_E = torch.zeros(4, dtype=torch.int32, device=device)
-    gradient = torch.empty(4, 136, 72, device=device)
-
-    def both() -> torch.Tensor:
-        grouped_weight_gradient(d, a, ends_E, gradient, accumulate=False, backend="triton", config=knobs)
-        return grouped_matmul(a, weight, ends_E, transposed=True, backend="triton", config=knobs)
-
-    both()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = both()
-    for counts in ((50, 0, 640, 310), (1000, 0, 0, 0), (0, 1, 998, 1)):
-        ends_E.copy_(torch.tensor(counts).cumsum(0))
-        graph.replay()
-        begin = 0
-        for expert, count in enumerate(counts):
-            rows = slice(begin, begin + count)
-            begin += count
-            torch.testing.assert_close(out[rows], a[rows] @ weight[expert].t(), rtol=2e-2, atol=2e-2)
-            torch.testing.assert_close(gradient[expert], d[rows].float().t() @ a[rows].float(), rtol=1e-3, atol=1e-3)
+    cases = ragged_to_capture(rows=1000)
+    Captured(cases[0], device, backend="triton", config=knobs).check(cases)
