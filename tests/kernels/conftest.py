@@ -4,6 +4,8 @@ Triton decides between compiling and interpreting when a function is decorated, 
 Triton and the kernels are imported. Other rooms' tests may have been collected first, and a transformers model imports
 Triton; then the modules whose decorated functions the kernels use are executed again. The module objects stay the same,
 so whoever imported them keeps working, and no compiled kernel could have run in such a process anyway.
+
+Each access of an interpreted kernel is checked as well (checked_memory.py).
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import sys
 
 import pytest
 import torch
+
+from tests.kernels.checked_memory import check_memory
 
 
 def _interpret_triton() -> None:
@@ -35,6 +39,7 @@ def _interpret_triton() -> None:
 
 if not torch.cuda.is_available():
     _interpret_triton()
+    check_memory()
 
 
 @pytest.fixture(scope="session")
