@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from ckptbridge.converters.disk import write_file
 from ckptbridge.trainer.decoder import Decoder
@@ -20,6 +20,8 @@ from ckptbridge.trainer.profile_parts import PARTS, marked
 from ckptbridge.trainer.profile_trace import Spent, read_trace, spent
 
 TRACE_NAME, TABLE_NAME = "trace.json.gz", "table.json"
+_STEP = "step"
+"""The range around a step: evaluations and checkpoints that fall between two are in the trace, and not in the table."""
 _NAMES_A_PART = 5
 
 
@@ -72,7 +74,7 @@ class Profiler:
 
     def __init__(self, decoder: Decoder, folder: Path, rates: Rates, costs: dict[str, Cost]) -> None:
         self._folder, self._rates, self._costs = folder, rates, costs
-        self._decoder, self._steps, self._started = decoder, 0, 0.0
+        self._decoder, self._steps, self._seconds = decoder, 0, 0.0
         self._device = decoder.output_weight_VH.device
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
@@ -85,26 +87,29 @@ class Profiler:
         """Steps from here on are profiled; they are to be launched operation by operation."""
         self._marked.__enter__()
         self._profile.start()
-        self._started = time.perf_counter()
 
-    def count(self) -> None:
-        """A step is done."""
+    @contextmanager
+    def step(self) -> Generator[None]:
+        """While a step is taken, behind which the device is waited for."""
+        started = time.perf_counter()
+        with record_function(_STEP):
+            yield
+            self._synchronize()
+        self._seconds += time.perf_counter() - started
         self._steps += 1
 
     def stop(self) -> Profile:
         """Write the trace and the table, and return it."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        seconds = time.perf_counter() - self._started
+        self._synchronize()
         self._profile.stop()
         self._marked.__exit__(None, None, None)
         self._folder.mkdir(parents=True, exist_ok=True)
         trace = self._folder / TRACE_NAME
         self._profile.export_chrome_trace(str(trace))
-        found = spent(read_trace(trace))
+        found = spent(read_trace(trace), within=_STEP)
         made = Profile(
             steps=self._steps,
-            step_ms=seconds * 1e3 / self._steps,
+            step_ms=self._seconds * 1e3 / self._steps,
             busy_ms=sum(found.parts.values()) / 1e3 / self._steps,
             rates=self._rates,
             parts=tuple(self._parts(found)),
@@ -112,6 +117,10 @@ class Profiler:
         )
         write_file(self._folder / TABLE_NAME, json.dumps(made.to_json(), indent=1).encode())
         return made
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _parts(self, found: Spent) -> Iterator[PartTime]:
         whole = sum(found.parts.values())
@@ -144,7 +153,7 @@ class ProfileWindow:
             return
         if step == self._first:
             self._profiler.start()
-        yield True
-        self._profiler.count()
+        with self._profiler.step():
+            yield True
         if step == self._last:
             self.profile = self._profiler.stop()

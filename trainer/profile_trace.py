@@ -57,16 +57,28 @@ def read_trace(path: Path) -> list[dict[str, Any]]:
         return json.load(file)["traceEvents"]
 
 
-def spent(events: Iterable[dict[str, Any]]) -> Spent:
-    """Time on the device by part; on the host itself where the trace has no device."""
+def spent(events: Iterable[dict[str, Any]], within: str | None = None) -> Spent:
+    """Time on the device by part; on the host itself where the trace has no device.
+
+    With `within` of ranges of that name alone: of what ran in them, in any thread, and of kernels launched meanwhile.
+    """
     events = [event for event in events if event.get("ph") == "X"]
-    threads = _spans(event for event in events if event["cat"] in _ON_HOST)
+    hosted = [event for event in events if event["cat"] in _ON_HOST]
+    ranges = sorted((event["ts"], event["ts"] + event["dur"]) for event in hosted if event["name"] == within)
+
+    def counts(event: dict[str, Any]) -> bool:
+        at = bisect_right(ranges, event["ts"], key=lambda span: span[0]) - 1
+        return within is None or (at >= 0 and event["ts"] < ranges[at][1])
+
+    threads = _spans(event for event in hosted if counts(event))
     forward = _forward_by_number(threads)
     launches = {_correlation(event): event for event in events if event["cat"] in _LAUNCHES}
     total = Spent()
     kernels = [event for event in events if event["cat"] in _ON_DEVICE]
     for kernel in kernels:
         launch = launches.get(_correlation(kernel))
+        if not counts(launch or kernel):
+            continue
         span = None if launch is None else _span_at(threads.get(launch["tid"], []), launch["ts"])
         total.add(part_of(kernel["name"], list(_around(span, forward))), kernel["name"], kernel["dur"])
     if not kernels:

@@ -15,7 +15,7 @@ from ckptbridge.converters.model import decoder_tensors, open_model
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.trainer.loading import empty_decoder
 from ckptbridge.trainer.optimizer import Optimizer
-from ckptbridge.trainer.profile_floors import costs, measured_rates
+from ckptbridge.trainer.profile_floors import Rates, costs, measured_rates
 from ckptbridge.trainer.profile_parts import PARTS, RANGE, marked, part_of
 from ckptbridge.trainer.profile_run import Profiler, ProfileWindow
 from ckptbridge.trainer.profile_trace import read_trace, spent
@@ -120,6 +120,49 @@ def test_a_steps_operations_fall_to_parts_in_both_directions(
     assert "other" not in by_part
     assert "attention" not in by_part
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in decoder.modules())
+
+
+def test_what_runs_between_two_steps_does_not_count() -> None:
+    events = [
+        event("user_annotation", "step", 0, 100),
+        event("cpu_op", "aten::mm", 10, 20),
+        event("cuda_driver", "cuLaunchKernelEx", 20, 1, correlation=1),
+        event("kernel", "nvjet_a", 130, 30, 9, correlation=1),  # launched in the step, run behind its range
+        event("cpu_op", "aten::mm", 110, 20),  # an evaluation
+        event("cuda_driver", "cuLaunchKernelEx", 120, 1, correlation=2),
+        event("kernel", "nvjet_b", 160, 500, 9, correlation=2),
+        event("user_annotation", "step", 700, 50),
+        event("cuda_driver", "cuLaunchKernelEx", 710, 1, 2, correlation=3),  # by another thread
+        event("kernel", "nvjet_a", 720, 7, 9, correlation=3),
+    ]
+    assert {name: us for (_, name), us in spent(events, within="step").names.items()} == {"nvjet_a": 37}
+    assert sum(spent(events).parts.values()) == 537
+    on_host = [made for made in events if made["cat"] in ("user_annotation", "cpu_op")]
+    assert sum(spent(on_host, within="step").parts.values()) == 150
+
+
+def test_an_evaluation_between_profiled_steps_is_not_in_the_table(tiny_folder: TinyFolders, tmp_path: Path) -> None:
+    model = open_model(tiny_folder("qwen2_moe"))
+    decoder = empty_decoder(model.config, "reference", torch.float32, torch.device("cpu"))
+    optimizer = Optimizer(decoder, OptimizerSection())
+    optimizer.load_weights(decoder_tensors(model.tensors, model.config))
+    update = Update(decoder, optimizer, micro_batch_size=2, aux_loss_coeff=0.01, graph="off")
+    window = ProfileWindow(Profiler(decoder, tmp_path, Rates(matrix=1e12, copy=1e10), {}), first=2, steps=3)
+    for step in range(1, 6):
+        with window.step(step) as is_profiled:
+            update.take(token_ids(4), 1e-4, is_profiled=is_profiled)
+        torch.linalg.svd(torch.ones(50, 50))  # what an evaluation is to a step
+    assert window.profile is not None
+    assert window.profile.steps == 3
+    events = read_trace(Path(window.profile.trace))
+    names = {name for _, name in spent(events).names}
+    assert "aten::linalg_svd" in names
+    counted = {name for _, name in spent(events, within="step").names}
+    assert "aten::linalg_svd" not in counted
+    assert {"aten::mm", "_Experts"} <= counted
+    busy = sum(spent(events, within="step").parts.values())
+    assert window.profile.busy_ms == pytest.approx(busy / 1e3 / 3)
+    assert busy < sum(spent(events).parts.values())
 
 
 def test_modules_are_marked_only_while_asked() -> None:
