@@ -166,7 +166,10 @@ class CoreAttention(nn.Module):
 
 
 def use_attention(decoder: nn.Module, kernels: AttentionKernels) -> None:
-    """From now on the decoder's causal attention is computed by `kernels`."""
+    """From now on the decoder's causal attention is computed by `kernels`.
+
+    Layers with a window, sinks or a cap have the one way there is.
+    """
     for module in decoder.modules():
-        if isinstance(module, CoreAttention):
-            module.kernels = kernels
+        if isinstance(getattr(module, "kernels", None), AttentionKernels):
+            module.kernels = kernels  # type: ignore[assignment]

@@ -112,10 +112,13 @@ class FlatGroup:
 def flat_groups(
     parameters: Mapping[str, nn.Parameter], *, weight_decay: float, moments: torch.dtype, wants_squares: bool = False
 ) -> list[FlatGroup]:
-    """The parameters in groups by dtype and decay: matrices decay, vectors (norms, biases) do not."""
+    """The parameters in groups by dtype and decay: matrices decay, norms and biases do not.
+
+    Megatron-Core's rule, to whom each expert's bias is a vector of its own; here they are stacked.
+    """
     alike: dict[tuple[torch.dtype, float], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        decay = weight_decay if parameter.ndim > 1 else 0.0
+        decay = 0.0 if parameter.ndim < 2 or name.endswith("bias") else weight_decay
         alike.setdefault((parameter.dtype, decay), {})[name] = parameter
     groups, first = list[FlatGroup](), 0
     for (_, decay), members in alike.items():

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.rope_scaling import YarnRopeScaling
 from ckptbridge.kernels.rope import rotate
 from ckptbridge.trainer.attention import Positions
+from ckptbridge.trainer.attention_kernels import AttentionKernels
 from ckptbridge.trainer.linear import Linear
 from ckptbridge.trainer.norm import NormLinear
 from ckptbridge.trainer.rope import magnitude
@@ -31,6 +31,7 @@ class LatentAttention(nn.Module):
         heads, still, turned = config.num_attention_heads, config.qk_head_dim or 0, config.qk_pos_emb_head_dim or 0
         latent, value = config.kv_lora_rank or 0, config.v_head_dim or 0
         self.widths = (still, turned, value)
+        self.kernels = AttentionKernels()
         if config.q_lora_rank is None:
             self.linear_q_proj = Linear(config.hidden_size, heads * config.kv_channels, bias=False)
         else:
@@ -53,12 +54,11 @@ class LatentAttention(nn.Module):
         k_still, v_BNSD = kv.split((still, value), dim=-1)
         q_BNSR = rotate(_pairs_apart(q_turned), where.cos_SR, where.sin_SR)
         k_B1SR = rotate(_pairs_apart(k_turned[:, None]), where.cos_SR, where.sin_SR)
-        out_BNSD = F.scaled_dot_product_attention(
+        out_BNSD = self.kernels.causal(
             torch.cat((q_still, q_BNSR), -1),
             torch.cat((k_still, k_B1SR.expand(-1, k_still.shape[1], -1, -1)), -1),
             v_BNSD,
-            is_causal=True,
-            scale=softmax_scale(config),
+            softmax_scale(config),
         )
         return self.linear_proj(out_BNSD.transpose(1, 2).flatten(2))
 

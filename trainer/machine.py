@@ -13,6 +13,7 @@ from ckptbridge.kernels.backend import Backend, BackendError, choose_backend
 from ckptbridge.trainer.attention_kernels import AttentionKernels, choose_attention
 from ckptbridge.trainer.products import ProductsName, choose_products
 from ckptbridge.trainer.recipe import Recipe
+from ckptbridge.trainer.transformer_engine.limits import refuse_beyond_transformer_engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,8 @@ def machine_of(recipe: Recipe) -> Generator[Machine]:
         choice = choose_backend(recipe.kernels.backend, device)
     except BackendError as error:
         raise BadInputError(f"kernels.backend: {error}") from error
+    if choice.name == "transformer_engine":
+        refuse_beyond_transformer_engine(recipe)
     attention = choose_attention(recipe.kernels.attention, device)
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     products = choose_products(recipe.kernels.products, device, dtype, choice.name)

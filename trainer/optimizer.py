@@ -27,7 +27,7 @@ class Optimizer:
     Of fp32 parameters the main weight is the parameter itself; of other dtypes it is an fp32 copy, and the parameter
     is its rounding. Every parameter that requires a gradient becomes a view of a flat buffer and gets a main
     gradient: what no operation and no backward pass contributed to in a step counts as zero. Those that require none
-    are left alone. Megatron's rule of decay: vectors (norms, biases) are not decayed, every matrix is.
+    are left alone. Megatron's rule of decay: norms and biases are not decayed, every matrix is.
     """
 
     def __init__(self, model: nn.Module, options: OptimizerSection, backend: Backend | None = None) -> None:

@@ -8,7 +8,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ckptbridge.converters.errors import BadInputError
+from ckptbridge.converters.model import open_model
+from ckptbridge.trainer.attention import use_attention
 from ckptbridge.trainer.attention_kernels import AttentionKernels, choose_attention
+from ckptbridge.trainer.loading import empty_decoder
+from tests.conftest import TinyFolders
 
 CPU = torch.device("cpu")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -21,6 +25,16 @@ def test_a_cpu_runs_what_torch_takes() -> None:
     scores = (q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~torch.ones(9, 9).tril().bool(), -1e9)
     for found in out:
         torch.testing.assert_close(found, scores.softmax(-1) @ v.repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3_saved"])
+def test_every_layer_of_plain_attention_takes_the_recipes_choice(name: str, tiny_folder: TinyFolders) -> None:
+    """DeepSeek's latent attention too."""
+    config = open_model(tiny_folder(name)).config
+    decoder = empty_decoder(config, "reference", torch.float32, CPU)
+    use_attention(decoder, AttentionKernels("math"))
+    chosen = [module.kernels for module in decoder.modules() if hasattr(module, "kernels")]
+    assert chosen == [AttentionKernels("math")] * config.num_layers
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash", "flash3", "flash4"])

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from ckptbridge.kernels.experts import ProductsConfig, weight_gradient
 from ckptbridge.kernels.main_gradient import main_gradient_of
 from ckptbridge.trainer.flat_groups import ALIGNED, FlatGroup, flat_groups
 from ckptbridge.trainer.optimizer import Optimizer
@@ -16,13 +15,14 @@ from ckptbridge.trainer.recipe import OptimizerSection
 
 
 class Net(nn.Module):
-    """A matrix under two names, vectors, a stack of matrices, a parameter of another dtype."""
+    """A matrix under two names, vectors, stacks of matrices and of biases, a parameter of another dtype."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(3)
         self.first = nn.Linear(7, 19).bfloat16()
         self.stacked = nn.Parameter(torch.randn(3, 5, 16).bfloat16())
+        self.stacked_bias = nn.Parameter(torch.randn(3, 5).bfloat16())
         self.tied = self.first
         self.scale = nn.Parameter(torch.randn(ALIGNED).bfloat16())
         self.wide = nn.Parameter(torch.randn(300))
@@ -36,7 +36,7 @@ def test_groups_by_dtype_and_decay() -> None:
     groups = grouped(Net())
     assert [(list(group.slots), group.weight.dtype, group.weight_decay) for group in groups] == [
         (["stacked", "first.weight"], torch.bfloat16, 0.1),
-        (["scale", "first.bias"], torch.bfloat16, 0.0),
+        (["stacked_bias", "scale", "first.bias"], torch.bfloat16, 0.0),
         (["wide"], torch.float32, 0.0),
     ]
 
@@ -148,20 +148,3 @@ def test_stretches_are_those_whose_squares_nobody_knows() -> None:
     assert stretches("stacked") == [(256, 256)]
     assert stretches("first.weight") == [(0, 256)]
     assert stretches("stacked", "first.weight") == []
-
-
-@pytest.mark.parametrize("wanted", [False, True])
-def test_norm_of_a_step_whose_products_know_their_squares(wanted: bool) -> None:
-    net = Net()
-    optimizer = Optimizer(net, OptimizerSection(norm_in_products=wanted), backend="triton")
-    config = ProductsConfig(matmul="triton", weight_gradient="triton")
-    main_gradient = main_gradient_of(net.stacked)
-    d, x = torch.randn(9, 5).bfloat16(), torch.randn(9, 16).bfloat16()
-    ends_E = torch.tensor([2, 2, 9], dtype=torch.int32)
-    for products in (1, 2):  # the second adds to the first, whose squares then are not those of the sum
-        for _ in range(products):
-            weight_gradient(d, x, ends_E, net.stacked, main_gradient, config)
-        assert (main_gradient.squares is not None) == (wanted and products == 1)
-        main_gradient_of(net.wide).add(torch.ones(300))
-        squares = sum((d[rows].double().t() @ x[rows].double()).square().sum() for rows in (slice(2), slice(2, 9)))
-        assert optimizer.step(1e-3) == pytest.approx((products**2 * squares + 300).sqrt().item(), rel=1e-6)
