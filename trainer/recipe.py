@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ckptbridge.trainer.section import AnyPath, Count, PositiveFloat, PositiveInt, Section, Share
+from ckptbridge.trainer.section import AnyPath, Count, PositiveFloat, PositiveInt, Section, Seed, Share
 from ckptbridge.trainer.upcycle_recipe import UpcycleSection
 
 
@@ -16,9 +16,9 @@ class ModelSection(Section):
     init_from: str
     """A checkpoint folder (Hugging Face or Megatron-Core), or a Hub id such as `Qwen/Qwen3-0.6B`."""
     revision: str | None = None
-    """The branch, tag or commit of a Hub id."""
+    """The branch, tag or commit of a Hub id; a folder has none."""
     hf_config: AnyPath | None = None
-    """A config.json for a Megatron-Core checkpoint that does not say enough about itself."""
+    """A config.json for a Megatron-Core checkpoint that does not say enough about itself; of no other."""
     upcycle: UpcycleSection | None = None
     """Make a mixture of experts of the model while it is loaded; nothing of it is written before a checkpoint is."""
 
@@ -37,8 +37,8 @@ class DataSection(Section):
 
     text: list[str] = Field(min_length=1)
     """Files, globs (`src/**/*.py`) or folders (every text file below). Each file is a document."""
-    document_separator: str | None = None
-    """Cut every file into documents at this string; without it a file is one document."""
+    document_separator: Annotated[str, Field(min_length=1)] | None = None
+    """Cut every file into documents at this string; without it (null) a file is one document."""
     tokenizer: str | None = None
     """A folder with tokenizer files; by default the one that came with the model."""
     end_of_text: bool = True
@@ -55,7 +55,7 @@ class DataSection(Section):
     """Take only so many documents (drawn by the seed)."""
     max_bytes: PositiveInt | None = None
     """Take only about so many bytes of text (drawn by the seed)."""
-    seed: Count = 0
+    seed: Seed = 0
     """Decides which documents are taken, which are held out, and the order of sequences."""
 
     @model_validator(mode="after")
@@ -69,7 +69,7 @@ class DataSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW. Vectors (norms and biases) are not decayed; every matrix is, routers and embeddings too."""
+    """AdamW. Norms and biases are not decayed; every matrix is, routers and embeddings too."""
 
     lr: PositiveFloat = 3e-5
     """The highest learning rate, reached at the end of the warmup."""
@@ -206,7 +206,7 @@ class Recipe(Section):
     """`auto` is a GPU if there is one."""
     threads: PositiveInt | None = None
     """CPU threads; by default as many as torch takes. The same number gives the same bits."""
-    seed: Count = 0
+    seed: Seed = 0
     """Seeds torch's own random numbers."""
 
     @model_validator(mode="after")
