@@ -2,7 +2,7 @@
 
 `grouped_configs.json` beside this file is written by benchmarks/tune.py. It lists, for each generation of GPUs, the
 products that were timed and the winner of each. A product that is not in the list takes the knobs of the one that is
-nearest in size; a GPU that is not in the list takes `DEFAULT`.
+nearest in size; a GPU that is not in the list takes `DEFAULT`, or `SMALL` where that does not fit.
 """
 
 # Shapes: E experts. A product has tiles of `block_rows` x `block_columns` and sums over `block_depth` at a time.
@@ -44,6 +44,11 @@ class GroupedConfig:
 
 
 DEFAULT = GroupedConfig(block_rows=128, block_columns=256, parts=2)
+"""160 KiB of shared memory: what data centres' GPUs have from compute capability 8.0 on."""
+SMALL = GroupedConfig(block_rows=128, block_columns=128, parts=4)
+"""80 KiB: a GeForce's or an RTX PRO's 99 KiB."""
+_LEAST_FOR_DEFAULT = 163_872
+"""Bytes that Triton 3.6 and 3.9 ask for of a weight gradient with DEFAULT."""
 
 
 class Product(NamedTuple):
@@ -60,19 +65,19 @@ def config_for(product: Product, device: torch.device) -> GroupedConfig:
     """The knobs measured for `product` or for the nearest one of its kind."""
     if device.type != "cuda":
         return DEFAULT
-    major, minor = torch.cuda.get_device_capability(device)
-    return _nearest(product, f"{major}.{minor}")
+    properties = torch.cuda.get_device_properties(device)
+    return _nearest(product, f"{properties.major}.{properties.minor}", properties.shared_memory_per_block_optin)
 
 
 @functools.cache
-def _nearest(product: Product, capability: str) -> GroupedConfig:
+def _nearest(product: Product, capability: str, shared_memory: int) -> GroupedConfig:
     known = [
         (Product(**entry["product"]), GroupedConfig(**entry["config"]))
         for entry in _table().get(capability, [])
         if entry["product"]["kind"] == product.kind
     ]
     if not known:
-        return DEFAULT
+        return DEFAULT if shared_memory >= _LEAST_FOR_DEFAULT else SMALL
     return min(known, key=lambda entry: _distance(entry[0], product))[1]
 
 

@@ -15,7 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ckptbridge.kernels.backend import num_multiprocessors
 from ckptbridge.kernels.grouped_config import GroupedConfig
 from ckptbridge.kernels.grouped_hopper_kernels import matmul_kernel, weight_gradient_kernel
-from ckptbridge.kernels.grouped_tiles import fits_descriptor, ragged_descriptor, tile_table
+from ckptbridge.kernels.grouped_tiles import fits_descriptor, most_row_tiles, ragged_descriptor, tile_table
 
 SHARED = 226 * 1024  # bytes for tiles: a program has 1 KiB more, for barriers and the roles' bookkeeping
 PART = 128  # bytes of a row that are stored at a time: what the copy engine swizzles
@@ -35,7 +35,7 @@ def launch_matmul(
     R, N = out_RN.shape
     table = tile_table(ends_E, R, config.block_rows)
     arguments, knobs = matmul_arguments(a, weight, out_RN, table, transposed=transposed, config=config)
-    tiles = -(-R // config.block_rows) * -(-N // config.block_columns)
+    tiles = most_row_tiles(R, len(ends_E), config.block_rows) * -(-N // config.block_columns)
     matmul_kernel[(min(tiles, num_multiprocessors(a.device)),)](*arguments, **knobs)
 
 

@@ -26,6 +26,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ckptbridge.kernels.grouped_tiles import grouped_place
 
+# Triton 3.9 has the newer names alone, 3.6 the older ones.
+_load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 
 @gl._core.builtin
 def _add_shared_to_global(descriptor, coordinates, source, _semantic=None):
@@ -137,7 +141,7 @@ def _store(out, tiles, sums, place, column, HALF: gl.constexpr, BUFFERS: gl.cons
         if ACCUMULATE:
             _add_shared_to_global(out, place + (column + part * WIDTH,), buffer)
         else:
-            tma.async_copy_shared_to_global(out, place + (column + part * WIDTH,), buffer)
+            _store_tile(out, place + (column + part * WIDTH,), buffer)
 
 
 @gluon.jit
@@ -172,12 +176,12 @@ def _matmul_loads(
             bar = full.index(stage)
             mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
-            tma.async_copy_global_to_shared(a, [row, k], bar, a_tiles.index(stage * 2))
+            _load_tile(a, [row, k], bar, a_tiles.index(stage * 2))
             if TRANSPOSED:
-                tma.async_copy_global_to_shared(weight, [expert, column, k], bar, b_tiles.index(stage))
+                _load_tile(weight, [expert, column, k], bar, b_tiles.index(stage))
             else:
-                tma.async_copy_global_to_shared(weight, [expert, k, column], bar, b_tiles.index(stage))
-            tma.async_copy_global_to_shared(a, [row + BLOCK_M // 2, k], bar, a_tiles.index(stage * 2 + 1))
+                _load_tile(weight, [expert, k, column], bar, b_tiles.index(stage))
+            _load_tile(a, [row + BLOCK_M // 2, k], bar, a_tiles.index(stage * 2 + 1))
             step += 1
 
 
@@ -293,9 +297,9 @@ def _gradient_loads(
             row = 1073741824 - (end - first)
             mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
-            tma.async_copy_global_to_shared(d, [1073741824, end, row, upper], bar, a_tiles.index(stage * 2))
-            tma.async_copy_global_to_shared(x, [1073741824, end, row, column], bar, b_tiles.index(stage))
-            tma.async_copy_global_to_shared(d, [1073741824, end, row, lower], bar, a_tiles.index(stage * 2 + 1))
+            _load_tile(d, [1073741824, end, row, upper], bar, a_tiles.index(stage * 2))
+            _load_tile(x, [1073741824, end, row, column], bar, b_tiles.index(stage))
+            _load_tile(d, [1073741824, end, row, lower], bar, a_tiles.index(stage * 2 + 1))
             step += 1
 
 

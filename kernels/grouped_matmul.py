@@ -18,6 +18,7 @@ from ckptbridge.kernels.grouped_tiles import (
     fits_descriptor,
     grouped_place,
     hopper_kernels,
+    most_row_tiles,
     multiply_add,
     parts_of,
     ragged_descriptor,
@@ -45,7 +46,7 @@ def launch_matmul(
         return
     table = tile_table(ends_E, R, config.block_rows)
     arguments, knobs = matmul_arguments(a, weight, rows_R, out_RN, table, transposed=transposed, config=config)
-    tiles = -(-R // config.block_rows) * -(-N // config.block_columns)
+    tiles = most_row_tiles(R, len(ends_E), config.block_rows) * -(-N // config.block_columns)
     _matmul_kernel[(min(tiles, config.programs * num_multiprocessors(a.device)),)](*arguments, **knobs)
 
 

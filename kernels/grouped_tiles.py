@@ -72,10 +72,15 @@ def hopper_kernels(config: GroupedConfig, *tensors: Tensor) -> ModuleType | None
     return grouped_hopper if grouped_hopper.fits(config, *tensors) else None
 
 
+def most_row_tiles(R: int, E: int, block_rows: int) -> int:
+    """How many tiles there are at most, however R rows are spread: each expert's last one may be cut short."""
+    return R // block_rows + E
+
+
 def tile_table(ends_E: Tensor, R: int, block_rows: int) -> Tensor:
     """int32 [1 + most tiles there can be, ENTRY]: the number of tiles, then each tile's expert, first row and end."""
     E = len(ends_E)
-    table = ends_E.new_empty(1 + R // block_rows + E, ENTRY)
+    table = ends_E.new_empty(1 + most_row_tiles(R, E, block_rows), ENTRY)
     _table_kernel[(E,)](ends_E, table, E=E, BLOCK_E=max(2, 1 << (E - 1).bit_length()), BLOCK_R=block_rows, num_warps=1)
     return table
 

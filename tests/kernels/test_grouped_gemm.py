@@ -298,10 +298,11 @@ def test_unknown_products_take_the_knobs_of_the_nearest(monkeypatch):
     grouped_config._nearest.cache_clear()
     try:
         of = {columns: Product("plain", 8, 900, columns, 64) for columns in (600, 3000)}
-        assert grouped_config._nearest(of[600], "9.0").group == 1
-        assert grouped_config._nearest(of[3000], "9.0").group == 2
-        assert grouped_config._nearest(of[600], "8.0") == DEFAULT
-        assert grouped_config._nearest(of[600]._replace(kind="weight_gradient"), "9.0") == DEFAULT
+        assert grouped_config._nearest(of[600], "9.0", 232_448).group == 1
+        assert grouped_config._nearest(of[3000], "9.0", 232_448).group == 2
+        assert grouped_config._nearest(of[600], "8.0", 166_912) == DEFAULT
+        assert grouped_config._nearest(of[600]._replace(kind="weight_gradient"), "9.0", 232_448) == DEFAULT
+        assert grouped_config._nearest(of[600], "12.0", 101_376) == grouped_config.SMALL
     finally:
         grouped_config._nearest.cache_clear()
     assert config_for(of[600], torch.device("cpu")) == DEFAULT
