@@ -48,8 +48,9 @@ def embedding(
     """Rows of weight_VH (fp32 or bf16) by tokens [...] (int64, each below V): [..., H].
 
     With the triton backend the weight's gradient is added to its main gradient where it has one. The others leave it
-    to torch, whose own kernel adds with atomics on a GPU. `config` overrides the launch knobs. Raises ValueError for
-    arguments that do not fit and BackendError when `backend` cannot run on the device of the weight.
+    to torch, whose own kernel adds with atomics on a GPU; but on a CPU in bf16, where torch rounds at every token, it
+    is summed in fp32 as well. `config` overrides the launch knobs. Raises ValueError for arguments that do not fit and
+    BackendError when `backend` cannot run on the device of the weight.
     """
     check_tensor("embedding", "weight_VH", weight_VH)
     if weight_VH.ndim != 2:
@@ -60,15 +61,16 @@ def embedding(
         )
     require_backend(backend, weight_VH.device)
     if backend != "triton":
-        return F.embedding(tokens, weight_VH)
+        is_rounded = weight_VH.dtype == torch.bfloat16 and not weight_VH.is_cuda
+        return _Embedding.apply(tokens, weight_VH, None) if is_rounded else F.embedding(tokens, weight_VH)
     return _Embedding.apply(tokens, weight_VH, config or EmbeddingConfig.from_shape(weight_VH.shape[1]))
 
 
 class _Embedding(torch.autograd.Function):
-    """The triton backend. Keeps the tokens."""
+    """With a config the kernel sums. Keeps the tokens."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight_VH: Tensor, config: EmbeddingConfig) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, weight_VH: Tensor, config: EmbeddingConfig | None) -> Tensor:
         ctx.save_for_backward(tokens)
         ctx.shape, ctx.dtype, ctx.config = weight_VH.shape, weight_VH.dtype, config
         ctx.main_gradient = main_gradient_of(weight_VH)
@@ -78,6 +80,8 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[None, Tensor | None, None]:
         (tokens,) = ctx.saved_tensors
+        if ctx.config is None:
+            return None, _summed_by_torch(ctx, tokens.flatten(), d_out.flatten(0, -2)), None
         d_weight, accumulate = None, False
         if ctx.main_gradient is not None:
             target, accumulate = ctx.main_gradient.target()
@@ -102,6 +106,15 @@ class _Embedding(torch.autograd.Function):
                 num_warps=config.num_warps,
             )
         return None, d_weight, None
+
+
+def _summed_by_torch(ctx: Any, tokens_T: Tensor, d_TH: Tensor) -> Tensor | None:
+    """The gradient in fp32, into the main gradient where there is one, else rounded once."""
+    sums_VH = torch.zeros(ctx.shape, dtype=torch.float32, device=d_TH.device).index_add_(0, tokens_T, d_TH.float())
+    if ctx.main_gradient is None:
+        return sums_VH.to(ctx.dtype)
+    ctx.main_gradient.add(sums_VH)
+    return None
 
 
 @jit

@@ -35,6 +35,7 @@ from ckptbridge.kernels.activation import (
 )
 from ckptbridge.kernels.arguments import check_shape, check_tensor
 from ckptbridge.kernels.backend import Backend, require_backend
+from ckptbridge.kernels.backward_once import refuse_second_backward
 from ckptbridge.kernels.gather import check_weights, gather_rows, gather_rows_reference, sum_rows, sum_rows_reference
 from ckptbridge.kernels.grouped_backend import ProductsBackend
 from ckptbridge.kernels.grouped_gemm import grouped_matmul, grouped_weight_gradient
@@ -163,6 +164,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_TH):
+        refuse_second_backward(ctx, "experts")
         x_TH, h_RO, weights_TK, fc1_EOH, fc2_EHF = ctx.saved_tensors
         order, backend, config = ctx.order, ctx.backend, ctx.config
         wants_x, _, _, wants_fc1, wants_fc2, *_ = ctx.needs_input_grad

@@ -2,6 +2,7 @@
 
 An operation that computes a weight's gradient adds it here inside its matrix product, so no gradient in the weight's
 own dtype is ever written. The first contribution of a step overwrites what the last step left: nobody clears buffers.
+It does so in every backward pass, also in that of `torch.autograd.grad` for inputs alone: forget gradients behind one.
 """
 
 from __future__ import annotations

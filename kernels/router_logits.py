@@ -85,7 +85,7 @@ def _halves(x_TE: Tensor) -> Tensor:
 
 @jit
 def _halves_kernel(x_ptr, halves_ptr, numel, E: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < numel, other=0.0)
     high = x.to(tl.bfloat16)
     low = (x - high.to(tl.float32)).to(tl.bfloat16)

@@ -162,7 +162,7 @@ def backward_kernel(
             d_weights = d_weights - tl.sum(weights * d_weights, 1)[:, None]
             if IS_SIGMOID:
                 d_scores += tl.where(weights > 0, d_weights / divisor, 0.0)
-            else:
+            else:  # as if the weights summed up to one, which they do unless the chosen scores sum up to some 1e-20
                 d_logits += weights * d_weights
         else:
             d_scores += d_weights

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ckptbridge.kernels.arguments import check_tensor
 from ckptbridge.kernels.backend import Backend, compiled, jit, require_backend, tl
+from ckptbridge.kernels.backward_once import refuse_second_backward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ def swiglu(
 
     x: [..., 2F], contiguous, fp32 or bf16. Returns [..., F] in the dtype of x. `overwrites_x` lets the triton backend
     write the gradient of x over x in the backward pass: for an x that nothing reads after that, and a graph that is
-    gone through once (a second time is torch's own error). `config` overrides the launch knobs of the triton backend.
+    gone through once (a second time raises RuntimeError). `config` overrides the launch knobs of the triton backend.
     Raises ValueError for an argument that does not fit and BackendError when `backend` cannot run on the device of x.
     """
     check_tensor("swiglu", "x", x)
@@ -89,6 +90,8 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
+        if ctx.overwrites_x:
+            refuse_second_backward(ctx, "swiglu")
         (x,) = ctx.saved_tensors
         dx = x.detach() if ctx.overwrites_x else torch.empty_like(x)
         _launch(_backward_kernel, ctx.config, d_out.shape[-1], x, d_out.contiguous(), dx)

@@ -34,6 +34,7 @@ class Positions:
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a training run may be next to read them
 def positions(config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> Positions:
     """Positions [0, length) of a model; the window's mask only where the window is shorter than the sequence.
 
@@ -101,8 +102,9 @@ class SelfAttention(nn.Module):
         q, k, v = qkv_BSGXD.split((config.heads_per_group, 1, 1), dim=3)
         q_BSND, k_BSGD, v_BSGD = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
         if config.qk_layernorm and config.qk_layernorm_whole:
-            q_BSND = self.q_layernorm(q_BSND.flatten(2)).view_as(q_BSND)
-            k_BSGD = self.k_layernorm(k_BSGD.flatten(2)).view_as(k_BSGD)
+            # With one group they are views of the packed rows still.
+            q_BSND = self.q_layernorm(q_BSND.flatten(2).contiguous()).view(q_BSND.shape)
+            k_BSGD = self.k_layernorm(k_BSGD.flatten(2).contiguous()).view(k_BSGD.shape)
         elif config.qk_layernorm:
             q_BSND, k_BSGD = self.q_layernorm(q_BSND.contiguous()), self.k_layernorm(k_BSGD.contiguous())
         cos, sin = cos_SR[:, None], sin_SR[:, None]

@@ -68,6 +68,8 @@ class Decoder(nn.Module):
         self.config, self.backend = config, backend
         self.run_layer: RunLayer = _computed_at_once
         """How a layer is computed; `activation_memory` has other ways that keep less for the backward pass."""
+        self._trained_at: dict[int, Positions] = {}
+        """By length: a captured step reads them by address, whatever other lengths come after."""
         self.embedding = Embedding(config, backend)
         self.decoder = Layers(config, backend, layer_of)
         if config.mtp_num_layers:
@@ -82,6 +84,8 @@ class Decoder(nn.Module):
         x_BSH = self.embedding(tokens_BS)
         observe("embedding", x_BSH)
         where = positions(self.config, tokens_BS.shape[1], x_BSH.device, weight_VH.dtype)
+        if torch.is_grad_enabled():
+            self._trained_at[tokens_BS.shape[1]] = where
         balance: dict[int, Balance] = {}
         pending_BSH: Tensor | None = None
         for number, layer in enumerate(self.decoder.layers):

@@ -18,7 +18,7 @@ from ckptbridge.kernels.linear import linear
 from ckptbridge.kernels.order import Order
 from ckptbridge.trainer.activations import fc1_rows, hidden_units
 from ckptbridge.trainer.capacity import Capacity
-from ckptbridge.trainer.grouped_linear import biases, grouped_linear
+from ckptbridge.trainer.grouped_linear import grouped_linear
 from ckptbridge.trainer.linear import Linear
 from ckptbridge.trainer.products import ProductsName, refuse_widths
 from ckptbridge.trainer.router import Router, load_balancing_loss, z_loss
@@ -134,8 +134,7 @@ class Stacked(nn.Module):
 
     def forward(self, x_RI: Tensor, ends_E: Tensor) -> Tensor:
         """Rows up to ends_E[0] through expert 0's matrix, those up to ends_E[1] through expert 1's: [R, outputs]."""
-        out_RO = grouped_linear(x_RI, self.weight, ends_E, self.backend, self.products)
-        return out_RO if self.bias is None else out_RO + biases(self.bias, ends_E, out_RO.shape[0])
+        return grouped_linear(x_RI, self.weight, ends_E, self.backend, self.products, self.bias)
 
 
 class SharedExperts(nn.Module):

@@ -64,6 +64,17 @@ def test_other_launch_knobs_give_the_same_numbers(device):
     check_embedding(partial(embedding, backend="triton", config=config), EmbeddingCase(T=40, V=7, H=40), device)
 
 
+@pytest.mark.parametrize("main", ["", "new", "filled"], ids=["own", "new", "filled"])
+def test_a_cpu_sums_bf16_in_fp32(main, device):
+    """4,096 places of one word: torch's own sum in bf16 would stop to grow at 256 times the mean."""
+    case = EmbeddingCase(T=4096, V=2, H=8, used=1)
+    cpu = torch.device("cpu")
+    check_embedding(partial(embedding, backend="reference"), case, cpu, main=main)
+    if main == "":
+        with pytest.raises(AssertionError, match="dweight"):
+            check_embedding(F.embedding, case, cpu)
+
+
 def test_reference_is_torchs_own(device):
     tokens, weight, _ = embedding_inputs(EmbeddingCase(T=8, V=5, H=4, dtype=FP32), device)
     rows = embedding(tokens.view(2, 4), weight)
