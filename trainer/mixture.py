@@ -28,7 +28,7 @@ from ckptbridge.trainer.router import Router, load_balancing_loss, z_loss
 class Balance:
     """How one layer's tokens were spread: choices per expert [E], the load-balancing loss (1 is even), the z-loss."""
 
-    rows_E: Tensor
+    choices_E: Tensor
     loss: Tensor
     z_loss: Tensor
 

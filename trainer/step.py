@@ -25,8 +25,13 @@ class BatchResult:
     """The load-balancing loss without its coefficient, a mean over layers and micro-batches: 1 is even, E the worst."""
     z_loss: Tensor | None
     """The z-loss without its coefficient, likewise a mean; None where it is not trained."""
-    expert_load: dict[int, Tensor]
-    """By layer: the fraction of the choices that fell on each expert, [E]."""
+    choices: dict[int, Tensor]
+    """By layer: how many choices fell on each expert, [E]."""
+
+    @property
+    def expert_load(self) -> dict[int, Tensor]:
+        """By layer: the fraction of the choices that fell on each expert, [E]."""
+        return {layer: choices_E / choices_E.sum() for layer, choices_E in self.choices.items()}
 
 
 def accumulate_gradients(
@@ -42,7 +47,7 @@ def accumulate_gradients(
     tokens = batch_BS[:, 1:].numel()
     # Sums stay on the device: reading one here would make a GPU wait, and a CUDA graph of the step impossible.
     total = aux_total = z_total = torch.zeros((), device=batch_BS.device)
-    rows: dict[int, Tensor] = {}
+    choices: dict[int, Tensor] = {}
     for micro_batch in micro_batches:
         output, loss = _forward(decoder, micro_batch, divisor=tokens)
         total = total + loss.detach()
@@ -55,15 +60,15 @@ def accumulate_gradients(
                 z_total = z_total + z_loss.detach()
                 loss = loss + z_loss_coeff * z_loss
             for layer, balance in output.balance.items():
-                rows[layer] = rows[layer] + balance.rows_E if layer in rows else balance.rows_E
+                choices[layer] = choices[layer] + balance.choices_E if layer in choices else balance.choices_E
         del output  # the last hidden states would stay through the backward pass
         loss.backward()
     return BatchResult(
         tokens=tokens,
         loss=total,
-        aux_loss=aux_total / len(rows) if rows else None,
-        z_loss=z_total / len(rows) if rows and z_loss_coeff else None,
-        expert_load={layer: rows_E / rows_E.sum() for layer, rows_E in rows.items()},
+        aux_loss=aux_total / len(choices) if choices else None,
+        z_loss=z_total / len(choices) if choices and z_loss_coeff else None,
+        choices=choices,
     )
 
 

@@ -14,6 +14,7 @@ from torch.profiler import record_function
 
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.trainer.decoder import Decoder
+from ckptbridge.trainer.expert_bias import check_biases_can_move, move_expert_biases
 from ckptbridge.trainer.optimizer import Optimizer
 from ckptbridge.trainer.profile_parts import RANGE
 from ckptbridge.trainer.readings import Readings
@@ -46,16 +47,19 @@ class Update:
         micro_batch_size: int,
         aux_loss_coeff: float,
         z_loss_coeff: float = 0.0,
+        bias_update_rate: float = 0.0,
         graph: Graph,
         never: str | None = None,
     ) -> None:
         """`never` says why no step of this run can be captured, as a clause, where that is known from the start.
 
-        Raises BadInputError if a graph is asked for where there can be none.
+        `bias_update_rate` is how far expert biases move after each step. Raises BadInputError if a graph is asked for
+        where there can be none, or a rate where there are no biases.
         """
+        check_biases_can_move(decoder, bias_update_rate)
         self.decoder, self.optimizer = decoder, optimizer
         self.micro_batch_size, self.aux_loss_coeff = micro_batch_size, aux_loss_coeff
-        self.z_loss_coeff = z_loss_coeff
+        self.z_loss_coeff, self.bias_update_rate = z_loss_coeff, bias_update_rate
         weight = decoder.output_weight_VH
         self.device = weight.device
         self._lr = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -127,6 +131,8 @@ class Update:
         )
         with record_function(RANGE + "optimizer"):
             grad_norm = self.optimizer.step_on_device(self._lr)
+            if self.bias_update_rate:
+                move_expert_biases(self.decoder, result.choices, self.bias_update_rate)
         tensors = {"loss": result.loss, "grad_norm": grad_norm}
         optional = {"aux_loss": result.aux_loss, "z_loss": result.z_loss}
         tensors |= {name: value for name, value in optional.items() if value is not None}

@@ -35,6 +35,16 @@ CAPACITIES = [
 ]
 
 
+@pytest.mark.parametrize("factor", [8.0, 1e308])
+def test_a_factor_however_large_drops_nothing(factor: float) -> None:
+    """The largest that a recipe takes: times the even share it is infinite."""
+    parse_recipe(with_overrides(RECIPE, [f"moe.capacity_factor={factor}"]))
+    assert [expert_capacity(tokens, 3, 2, factor) for tokens in (0, 1, 29)] == [0, 1, 29]
+    dropping, whole = mixture("mixtral"), mixture("mixtral")
+    limit_experts(dropping[0], Capacity(factor=factor))
+    assert torch.equal(dropping[0](dropping[1])[0], whole[0](whole[1])[0])
+
+
 def mixture(name: str, backend: str = "reference") -> tuple[Mixture, Tensor]:
     """The mixture of a tiny model with random weights, and tokens that one expert likes most."""
     generator = torch.Generator().manual_seed(1)
@@ -85,7 +95,7 @@ def test_a_mixture_that_drops_equals_a_loop(name: str, capacity: Capacity) -> No
     expected = torch.autograd.grad(expected_TH, leaves, d_out, allow_unused=True, materialize_grads=True)
     for ours, loop in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, loop, rtol=1e-3, atol=1e-3)
-    assert balance.rows_E.sum() == T * made.router.topk  # the balance counts what was dropped too
+    assert balance.choices_E.sum() == T * made.router.topk  # the balance counts what was dropped too
 
 
 def test_the_small_capacities_drop() -> None:
@@ -162,6 +172,6 @@ def test_a_gpu_drops_what_the_cpu_drops(name: str, capacity: Capacity) -> None:
         gradients = torch.autograd.grad(
             loss + balance.loss + balance.z_loss, leaves, allow_unused=True, materialize_grads=True
         )
-        results.append([out_TH, balance.rows_E, balance.loss, balance.z_loss, *gradients])
+        results.append([out_TH, balance.choices_E, balance.loss, balance.z_loss, *gradients])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-3, atol=1e-3)

@@ -215,7 +215,7 @@ def test_experts_without_tokens_get_zero_gradients() -> None:
     idle = 0
     for layer, balance in output.balance.items():
         gradient = decoder.get_parameter(f"decoder.layers.{layer}.mlp.experts.experts.linear_fc1.weight").grad
-        for expert, rows in enumerate(balance.rows_E.tolist()):
+        for expert, rows in enumerate(balance.choices_E.tolist()):
             assert bool(gradient[expert].any()) == bool(rows)
             idle += not rows
     assert idle
