@@ -7,6 +7,7 @@ of its files are finished. The journal is bound to the plan: it is refused when 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -29,8 +30,9 @@ from ckptbridge.converters.receipt import RECEIPT_NAME, Receipt, read_receipt
 from ckptbridge.converters.tasks import MOST_FILES, bundles_of
 from ckptbridge.converters.witness import Witness
 
-_COPIED, _READ, _DONE = 1, 2, 3
-"""How far a rank is: its files are written; its sources have digests; the folder has its name."""
+_COPIED, _COUNTED, _READ, _DONE = 1, 2, 3, 4
+"""How far a rank is: its files are written; it knows what nobody has read whole; its share of that has digests; the
+folder has its name."""
 
 
 def partial_folder(target: Path) -> Path:
@@ -42,9 +44,11 @@ def execute(plan: ConversionPlan, progress: Progress | None = None) -> Receipt:
     """Write what the plan says. Returns the receipt, which also lies in the target.
 
     With `plan.options.rank` of several ranks, each calls it with the same plan and writes its share of the files.
-    Raises BadInputError when the target exists or an input turns out broken, StorageError when the disk or another
-    rank fails.
+    With `plan.options.resume` a target that this plan has finished is left as it is. Raises BadInputError when the
+    target exists or an input turns out broken, StorageError when the disk or another rank fails.
     """
+    if (finished := _finished(plan)) is not None:
+        return finished
     partial = partial_folder(plan.target)
     try:
         with Fellows(plan.options.rank, plan.target) as fellows:
@@ -83,6 +87,8 @@ def _execute(plan: ConversionPlan, partial: Path, fellows: Fellows, progress: Pr
     fellows.reach(_COPIED, "waiting for it to write its files")
     found = _told(plan).sources
     missing = [name for name in plan.source.sources if name not in found]
+    # All count from the same journals: a rank that went on to add to its own would leave others a shorter list.
+    fellows.reach(_COUNTED, "waiting for it to count what is left to read")
     owners = split_by_nbytes([plan.source.sources[name].nbytes for name in missing], me.world_size)
     mine = [name for name, owner in zip(missing, owners, strict=True) if owner == me.rank]
     journal.add_sources(witness.finish(mine, plan.options.workers), witness.bad())
@@ -96,12 +102,21 @@ def _execute(plan: ConversionPlan, partial: Path, fellows: Fellows, progress: Pr
     return receipt
 
 
+def _finished(plan: ConversionPlan) -> Receipt | None:
+    """The receipt of a target that an earlier run of this plan completed, where the run is to be resumed."""
+    receipt = plan.options.receipt or plan.target / RECEIPT_NAME
+    if not (plan.options.resume and plan.target.is_dir() and receipt.is_file()):
+        return None
+    found = read_receipt(receipt)
+    return found if found.plan == plan_fingerprint(plan) else None
+
+
 def _finish(plan: ConversionPlan, partial: Path, journal: Journal) -> Receipt:
     """Write what lies beside the tensors, and give the folder its name."""
     receipt = _receipt(plan, _told(plan))
     for source, name in plan.copies:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        write_file(partial / name, source.read_bytes())
+        write_file(partial / name, _copied(source))
     for name, data in plan.small:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(partial / name, data)
@@ -123,6 +138,7 @@ def _finish(plan: ConversionPlan, partial: Path, journal: Journal) -> Receipt:
 def _prepare(plan: ConversionPlan, partial: Path, fingerprint: str, journal: Journal) -> Record:
     """Make the partial folder with its journal, or find the one to resume; returns what is done already."""
     _check_target(plan)
+    _check_receipt(plan)
     journals = journal_files(plan.target) if partial.exists() else []
     if partial.exists() and any(partial.iterdir()):
         if not journal.path.exists():
@@ -188,14 +204,37 @@ def _check_target(plan: ConversionPlan) -> None:
         return
     if not plan.options.overwrite:
         raise BadInputError(f"{target}: already exists; name another folder, or replace it with --overwrite")
-    if not target.is_dir() or not _is_checkpoint(target):
+    if not target.is_dir() or not is_checkpoint(target):
         raise BadInputError(f"{target}: is no checkpoint, so --overwrite does not replace it; name another folder")
     sources = [model.path.resolve() for model in plan.source.opened]
     if any(target.resolve() in (source, *source.parents) for source in sources):
         raise BadInputError(f"{target}: is the source itself, which --overwrite would destroy; name another folder")
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def _check_receipt(plan: ConversionPlan) -> None:
+    """A receipt of its own name is written last: what stands in its way is told first."""
+    receipt = plan.options.receipt
+    if receipt is None:
+        return
+    if not receipt.parent.is_dir():
+        raise BadInputError(f"--receipt {receipt}: there is no folder {receipt.parent}; make it, or name another file")
+    if receipt.is_dir() or not os.access(receipt.parent, os.W_OK):
+        why = "is a folder" if receipt.is_dir() else f"{receipt.parent} cannot be written to"
+        raise BadInputError(f"--receipt {receipt}: {why}; name another file")
+
+
+def _copied(source: Path) -> bytes:
+    try:
+        return source.read_bytes()
+    except OSError as error:
+        raise StorageError(
+            f"{source}: cannot be read: {error.strerror}; nothing that was written is lost: let it be read, and run "
+            "again with --resume"
+        ) from error
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is empty or holds what a checkpoint has, so that a new one may replace it."""
     marks = (RECEIPT_NAME, TRACKER, "config.json", SINGLE, INDEX, "metadata.json")
     return not any(folder.iterdir()) or any((folder / mark).exists() for mark in marks)
 
@@ -286,6 +325,7 @@ def _receipt(plan: ConversionPlan, told: Record) -> Receipt:
         target_nbytes=plan.nbytes,
         files={file.name: file.size for file in plan.files},
         not_finite={name: {"nan": found.nan, "infinite": found.infinite} for name, found in told.bad.items()},
+        plan=plan_fingerprint(plan),
     )
 
 
@@ -306,7 +346,7 @@ def plan_fingerprint(plan: ConversionPlan) -> str:
     for name, data in plan.small:
         text.update(name.encode() + data)
     for path, name in plan.copies:
-        text.update(name.encode() + path.read_bytes())
+        text.update(name.encode() + _copied(path))
     ours = str(partial_folder(plan.target))  # and what lies beside it: journals, the ranks' own files
     for path in sorted(p for model in plan.source.opened for p in model.path.rglob("*") if p.is_file()):
         if plan.target not in (path, *path.parents) and not str(path).startswith(ours):

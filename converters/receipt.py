@@ -35,6 +35,8 @@ class Receipt:
     files: dict[str, int]
     not_finite: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
     """How many NaN ("nan") and infinities ("infinite") each source tensor holds that has any."""
+    plan: str = ""
+    """A digest of what was to be written from what, by which a run that is started again knows that all is done."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

@@ -1,7 +1,8 @@
 """One process of several that share a conversion: run as `python -m tests.converters.one_rank`, prints one JSON object.
 
 It takes one JSON object: source, target, to, rank, world_size, patience, options (of ConvertOptions, layout as a
-dictionary), and `die_at`, the share of its bytes after which the process kills itself with SIGKILL.
+dictionary), `die_at`, the share of its bytes after which the process kills itself with SIGKILL, and `late`, seconds for
+which it rests before it looks at what all ranks have written.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+from ckptbridge.converters import execute as execution
 from ckptbridge.converters.convert import ConvertOptions, plan_conversion
 from ckptbridge.converters.errors import CkptBridgeError
 from ckptbridge.converters.execute import execute
@@ -34,6 +37,13 @@ def main(told: dict[str, Any]) -> dict[str, Any]:
     rank = Rank(rank=told["rank"], world_size=told["world_size"], patience=told["patience"])
     chosen: dict[str, Any] = {"workers": 1, **told["options"]}
     chosen["layout"] = ParallelLayout(**chosen.get("layout", {}))
+    look = execution._told
+
+    def look_late(*arguments: Any) -> Any:
+        time.sleep(told.get("late", 0.0))
+        return look(*arguments)
+
+    execution._told = look_late
     try:
         options = ConvertOptions(rank=rank, **chosen)
         receipt = execute(

@@ -19,6 +19,8 @@ from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.execute import execute
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.converters.ranks import Rank, split_by_nbytes, this_rank
+from ckptbridge.converters.receipt import read_receipt
+from tests.conftest import TinyFolders
 from tests.converters.crashing import digests
 from tests.converters.running import ROOT, planned
 from tests.converters.sizable import write_sizable
@@ -32,7 +34,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_ranks(
-    source: Path, target: Path, changes: Sequence[dict[str, Any] | None], to: str = "torch_dist", patience: float = 30
+    source: Path,
+    target: Path,
+    changes: Sequence[dict[str, Any] | None],
+    to: str = "torch_dist",
+    patience: float = 30,
+    common: dict[str, Any] = SIZES,
 ) -> list[dict[str, Any]]:
     """One process a rank, all at once; `changes` are what each is told beside the common, None is not started."""
     running: list[subprocess.Popen[str] | None] = []
@@ -41,7 +48,7 @@ def run_ranks(
             running.append(None)
             continue
         told = {"source": str(source), "target": str(target), "to": to, "rank": rank, "world_size": len(changes)}
-        told |= {"patience": patience, "options": SIZES | change.pop("options", {}), **change}
+        told |= {"patience": patience, "options": common | change.pop("options", {}), **change}
         command = [sys.executable, "-m", "tests.converters.one_rank", json.dumps(told)]
         running.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
     ended: list[dict[str, Any]] = []
@@ -71,6 +78,21 @@ def test_three_processes_write_what_one_writes(to: str, source: Path, tmp_path: 
     assert beside(target) == []
     assert sum(rank["share"] for rank in ended) == alone.nbytes
     assert max(rank["share"] for rank in ended) < 0.45 * alone.nbytes
+
+
+@pytest.mark.parametrize("late", range(2))
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_rank_that_is_late_to_look_reads_its_share(
+    name: str, late: int, tiny_folder: TinyFolders, tmp_path: Path
+) -> None:
+    """Parts of a tensor lie in files of both ranks, so nobody read it whole: both must see the same of these."""
+    source, target, layout = tiny_folder(name), tmp_path / "shared" / "it", {"tp": 2}
+    changes: list[dict[str, Any] | None] = [{"options": {"layout": layout}, "late": 0.0} for _ in range(2)]
+    changes[late] = {"options": {"layout": layout}, "late": 1.0}
+    ended = run_ranks(source, target, changes, common={})
+    assert [rank["error"] for rank in ended] == [None] * 2, ended
+    alone = execute(planned(source, tmp_path / "alone" / "it", layout=ParallelLayout(**layout)))
+    assert read_receipt(target).source_tensors == alone.source_tensors
 
 
 @pytest.mark.parametrize("ranks_afterwards", [1, 2])
