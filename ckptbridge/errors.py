@@ -18,8 +18,11 @@ INTERNAL_ERROR = 70
 """BSD's EX_SOFTWARE: a defect of this program, never to be taken for a verification that failed."""
 
 
-def exits(verb: Callable[P, None]) -> Callable[P, None]:
-    """Turn a verb's exceptions into exit codes and messages; `--debug` shows the traceback instead."""
+def exits(verb: Callable[P, None], *, interrupted: str | None = None) -> Callable[P, None]:
+    """Turn a verb's exceptions into exit codes and messages; `--debug` shows the traceback instead.
+
+    `interrupted` is what a user is told who stopped the verb, by default how to go on if it has --resume.
+    """
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -31,7 +34,8 @@ def exits(verb: Callable[P, None]) -> Callable[P, None]:
         except (typer.Exit, typer.BadParameter):
             raise
         except KeyboardInterrupt:
-            _leave("interrupted; what was written is kept: run again with --resume", INTERRUPTED, kwargs)
+            resumes = "; what was written is kept: run again with --resume" if "resume" in kwargs else ""
+            _leave(interrupted or f"interrupted{resumes}", INTERRUPTED, kwargs)
         except BrokenPipeError:
             # The reader of our output left (`| head`): Python would complain again while closing stdout.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

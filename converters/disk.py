@@ -92,6 +92,7 @@ def disk_message(path: Path, error: OSError) -> str:
     partial = next((p for p in (path, *path.parents) if p.name.endswith(PARTIAL_SUFFIX)), path.parent)
     if error.errno == errno.ENOSPC:
         return (
-            f"{path}: the disk is full. What was written lies in {partial}: free some space and run again with --resume"
+            f"{path}: the disk is full. What was written lies in {partial}: free some space and run again; conversions "
+            "continue with --resume, a training run of the same recipe by itself"
         )
     return f"{path}: cannot be written: {error.strerror}. What was written lies in {partial}"

@@ -114,15 +114,17 @@ def _decoder_shape(move: Move, config: ModelConfig) -> tuple[int, ...]:
 
 
 def _write_hf_side(root: Path, model: Model) -> None:
-    """config.json and tokenizer, so that the run's folder needs nothing else to become a Hugging Face model."""
+    """config.json and tokenizer, so that the run's folder needs nothing else to become a Hugging Face model.
+
+    What lies there of another model, or of weights in another dtype, is replaced; what is the same is left alone.
+    """
     side = root / HF_SIDE_FOLDER
     side.mkdir(exist_ok=True)
     copies, made = config_json(model, None)
-    for source, name in (*((asset, asset.name) for asset in model.assets), *copies):
-        if not (side / name).exists():
-            write_file(side / name, source.read_bytes())
-    for name, data in made:
-        write_file(side / name, data)
+    copied = ((name, source.read_bytes()) for source, name in (*((a, a.name) for a in model.assets), *copies))
+    for name, data in (*copied, *made):
+        if not (side / name).exists() or (side / name).read_bytes() != data:
+            write_file(side / name, data)
 
 
 def load_training_checkpoint(path: Path) -> TrainingCheckpoint:

@@ -60,7 +60,8 @@ def expert_capacity(tokens: int, topk: int, num_experts: int, factor: float) -> 
 
     Megatron-Core's number; where that is more than `tokens`, nothing is dropped either way.
     """
-    return min(tokens, math.ceil(tokens * topk / num_experts * factor))
+    rows = tokens * topk / num_experts * factor
+    return tokens if rows >= tokens else math.ceil(rows)  # infinity, of a huge factor, has no ceiling
 
 
 def order_by_expert(

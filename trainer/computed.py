@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import fields
 
 from ckptbridge.converters.errors import NotSupportedError
+from ckptbridge.converters.model import Model
 from ckptbridge.converters.model_config import ModelConfig
 
 ALWAYS = frozenset(
@@ -52,3 +53,15 @@ def refuse_beyond(config: ModelConfig, computed: Collection[str], program: str) 
     if beyond:
         told = ", ".join(f"{field.name} = {getattr(config, field.name)!r}" for field in beyond)
         raise NotSupportedError(f"{program} does not compute {told}")
+
+
+def refuse_untrained(model: Model) -> None:
+    """Raises NotSupportedError naming the model and every field of its config that training does not know."""
+    try:
+        refuse_beyond(model.config, TRAINED, "training")
+    except NotSupportedError as error:
+        raise NotSupportedError(
+            f"{model.path}: {model.family.architecture} cannot be trained: {error} (its loss is computed from hidden "
+            "states and the output matrix alone). Converting, upcycling and verifying the model work; let "
+            "model.init_from name one whose config does without"
+        ) from error

@@ -24,8 +24,12 @@ class TextFile:
     named: bool
 
 
-def find_files(patterns: list[str]) -> list[TextFile]:
-    """The files of a recipe's `data.text`, each once, sorted by path. Raises BadInputError if a pattern finds none."""
+def find_files(patterns: list[str], run_folder: Path | None = None) -> list[TextFile]:
+    """The files of a recipe's `data.text`, each once, sorted by path. Raises BadInputError if a pattern finds none.
+
+    What lies below `run_folder`, where the run itself writes, is left out unless it is named file by file.
+    """
+    home = None if run_folder is None else run_folder.expanduser().resolve()
     found: dict[Path, TextFile] = {}
     for pattern in patterns:
         path = Path(pattern).expanduser()
@@ -38,20 +42,33 @@ def find_files(patterns: list[str]) -> list[TextFile]:
             matches = [TextFile(Path(name), named=False) for name in names if Path(name).is_file()]
         if not matches:
             raise BadInputError(f"data.text: {pattern!r} is no file and no folder, and matches no file as a glob")
-        for match in matches:
+        kept = [match for match in matches if match.named or home is None or not _lies_in(match.path, home)]
+        if not kept:
+            raise BadInputError(
+                f"data.text: all {len(matches)} files of {pattern!r} lie below run_folder {run_folder}, where the run "
+                "writes its own files, so they are left out; name another run_folder, or each file by itself"
+            )
+        for match in kept:
             found.setdefault(match.path, match)
     return [found[path] for path in sorted(found)]
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder)
 
 
 class Documents:
     """The documents that a recipe takes, in the order that its seed draws; re-read each time they are walked.
 
-    Files that are no UTF-8 text are passed over when a folder or a glob found them, and refused when named.
+    Files that are no UTF-8 text are passed over when a folder or a glob found them, and refused when named. So are
+    files below `run_folder`, as `find_files` says.
     """
 
-    def __init__(self, options: DataSection) -> None:
+    def __init__(self, options: DataSection, run_folder: Path | None = None) -> None:
         self.options = options
-        self.files = find_files(options.text)
+        self.files = find_files(options.text, run_folder)
+        self.passed_over: set[Path] = set()
+        """Files that are no text, of those that were read so far."""
         random.Random(options.seed).shuffle(self.files)
 
     def __iter__(self) -> Iterator[str]:
@@ -71,13 +88,15 @@ class Documents:
         except UnicodeDecodeError as error:
             if file.named:
                 raise BadInputError(f"{file.path}: no UTF-8 text: {error}") from error
+            self.passed_over.add(file.path)
             return
         if "\0" in text:
             if file.named:
                 raise BadInputError(f"{file.path}: holds zero bytes: a binary file, not text")
+            self.passed_over.add(file.path)
             return
         separator = self.options.document_separator
-        for document in text.split(separator) if separator else (text,):
+        for document in (text,) if separator is None else text.split(separator):
             if document.strip():
                 yield document
 

@@ -86,12 +86,19 @@ def _copy(source: LazyTensor, target: Tensor) -> None:
 
 
 def check_values(decoder: Decoder) -> None:
-    """Refuse weights that no training produces: NaN, infinity, a root mean square above 1000, a blank matrix.
+    """Refuse weights that no training produces: raises BadInputError with every offender (see `unlikely_weights`)."""
+    if problems := unlikely_weights(decoder):
+        raise BadInputError(
+            "these weights cannot be a model's:\n  " + "\n  ".join(problems) + "\nis the checkpoint damaged?"
+        )
+
+
+def unlikely_weights(decoder: Decoder) -> list[str]:
+    """What no training produces, a line each: NaN, infinity, a root mean square above 1000, a blank matrix.
 
     Matrices that may start at zero are let through: biases, routers, shared experts, and the projections back
     into the residual stream (linear_proj, linear_fc2), which some add-on layers begin with, and norms that are
     around zero.
-    Raises BadInputError with every offender.
     """
     problems: dict[str, list[str]] = {}
     with torch.no_grad():
@@ -104,11 +111,7 @@ def check_values(decoder: Decoder) -> None:
                 problems.setdefault("has a root mean square above 1000", []).append(name)
             elif size == 0 and not _may_be_zero(name, norms=decoder.config.layernorm_zero_centered_gamma):
                 problems.setdefault("is zero throughout", []).append(name)
-    if problems:
-        lines = [f"{name} {problem}" for problem, names in problems.items() for name in folded(names)]
-        raise BadInputError(
-            "these weights cannot be a model's:\n  " + "\n  ".join(lines) + "\nis the checkpoint damaged?"
-        )
+    return [f"{name} {problem}" for problem, names in problems.items() for name in folded(names)]
 
 
 def _may_be_zero(name: str, *, norms: bool) -> bool:

@@ -6,13 +6,17 @@ import gc
 import json
 import resource
 import sys
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ckptbridge.converters.disk import write_file
+from ckptbridge.converters.errors import BadInputError, told
 from ckptbridge.trainer.update import StepReading
+
+LOG_NAME = "train.jsonl"
 
 
 class StepLog:
@@ -20,24 +24,58 @@ class StepLog:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
-        write_file(path, "".join(line + "\n" for line in kept).encode())
+        kept = [record for record in read_log(path) if record["step"] <= step] if step else []
+        write_file(path, "".join(_line(record) for record in kept).encode())
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Append a record. Returns it as it was written: JSON knows no NaN and no infinity, null stands for them."""
+        written = {name: _without_nan(value) for name, value in record.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_line(written))
+        return written
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order."""
-    return [json.loads(line) for line in _lines(path)]
+    """The records of a run, in order; none if there is no log.
 
-
-def _lines(path: Path) -> list[str]:
+    A last line that a killed run left unfinished does not count. Raises BadInputError for any other line that is no
+    record.
+    """
     if not path.exists():
         return []
-    # A line that a killed run left unfinished does not count.
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
+    records = [_parsed(line) for line in lines]
+    for number, (line, record) in enumerate(zip(lines[:-1], records, strict=False), start=1):
+        if record is None:
+            raise BadInputError(
+                f"{path}: line {number} is no record of a step, expected a JSON object with a `step`, found "
+                f"{told(line)}; delete this line, or the file: a run does not need its log to continue"
+            )
+    return [record for record in records if record is not None]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """The record of a line; None if it is none."""
+    try:
+        record = json.loads(line, parse_constant=lambda _: None)
+    except ValueError:
+        return None
+    if not isinstance(record, dict):
+        return None
+    fields = cast(dict[str, Any], record)
+    return fields if isinstance(fields.get("step"), int) else None
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(held) for key, held in cast(dict[str, Any], value).items()}
+    if isinstance(value, list):
+        return [_without_nan(held) for held in cast(list[Any], value)]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def load_summary(result: StepReading, whole: bool) -> dict[str, Any]:

@@ -111,6 +111,8 @@ class MoeSection(Section):
     """Weight of the load-balancing loss (summed over layers); by default what the model's config says."""
     z_loss_coeff: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the z-loss, the mean square of the logsumexp of a router's logits (summed over layers)."""
+    bias_update_rate: Annotated[float, Field(ge=0)] = 0.0
+    """How far expert biases (of sigmoid routers) move after each step, towards an even spread; 0 leaves them alone."""
     capacity_factor: PositiveFloat | None = None
     """The most rows an expert takes of a micro-batch, as a multiple of its even share; without it none is dropped."""
     drop_policy: Literal["probs", "position"] = "probs"

@@ -19,10 +19,33 @@ from ckptbridge.trainer.recipe import Recipe
 S = TypeVar("S", bound=BaseModel)
 
 
+class _RepeatedKeyError(yaml.YAMLError):
+    """A key that stands twice, of which YAML would silently drop the first with all below it."""
+
+
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.1 reads `3e-5` as a string, since it asks for a dot; here it is the number that was meant."""
+    """YAML 1.1 reads `3e-5` as a string, since it asks for a dot; here it is the number that was meant.
+
+    A key may stand once in a section.
+    """
 
     yaml_implicit_resolvers = deepcopy(yaml.SafeLoader.yaml_implicit_resolvers)
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Raises _RepeatedKeyError naming both lines. Keys that `<<` brings may be replaced, as it is meant for."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise _RepeatedKeyError(
+                    f"key {key.value!r} stands on line {lines[name]} and again on line {line}, and YAML would drop "
+                    "the first; put all that belongs to it under one of them"
+                )
+            lines[name] = line
+        return node
 
 
 _Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
@@ -44,7 +67,9 @@ def read_values(path: Path) -> dict[str, Any]:
         raise BadInputError(f"{path}: there is no such recipe") from error
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"{path}: the recipe cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except _RepeatedKeyError as error:
+        raise BadInputError(f"{path}: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date without such a day
         raise BadInputError(f"{path}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise BadInputError(f"{path}: expected keys and values, found {type(values).__name__}")
@@ -74,12 +99,14 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
             raise BadInputError(f"--set {override}: expected section.key=value, such as optimizer.lr=3e-5")
         try:
             value = yaml.load(text, _Yaml)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise BadInputError(f"--set {override}: {text!r} is not YAML: {error}") from error
         *parents, last = key.split(".")
-        section = values
+        section: Any = values
         for parent in parents:
-            section = section.setdefault(parent, {})
+            if section.get(parent) is None:  # missing, or null as a saved recipe says of a section that is not there
+                section[parent] = {}
+            section = section[parent]
             if not isinstance(section, dict):
                 raise BadInputError(f"--set {override}: {parent} is a value, not a section")
         section[last] = value

@@ -22,6 +22,8 @@ from ckptbridge.trainer.documents import Documents, document_key
 
 _BATCH_CHARACTERS = 1 << 20
 """Documents are tokenised so much text at a time: enough for the tokenizer's threads, little memory."""
+_COUNTS = ("train", "held_out", "files", "passed_over")
+_DTYPES = ("<u2", "<u4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,20 +33,20 @@ class Tokens:
     train: NDArray[np.integer[Any]]
     held_out: NDArray[np.integer[Any]]
     digest: str
+    note: str | None = None
+    """A sentence about files that gave no text though a folder or a glob found them."""
 
 
 def tokenize(documents: Documents, tokenizer: Any, vocab_size: int, folder: Path) -> Tokens:
     """The tokens of the documents, from `folder` if they lie there already, else computed and written there.
 
-    `tokenizer` is a transformers tokenizer. Raises BadInputError when it makes ids that the model does not have,
-    or knows no end-of-sequence token though the recipe asks for one after each document.
+    `tokenizer` is a transformers tokenizer. Raises BadInputError when it makes ids that the model does not have, or
+    none of any document, or knows no end-of-sequence token though the recipe asks for one after each document.
     """
     key = _key(documents, tokenizer, vocab_size)
     index = folder / "index.json"
-    if index.exists():
-        found = json.loads(index.read_text())
-        if found["key"] == key:
-            return _opened(folder, found)
+    if (found := _index(index)) is not None and found["key"] == key:
+        return _opened(folder, found)
     folder.mkdir(parents=True, exist_ok=True)
     index.unlink(missing_ok=True)
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
@@ -53,34 +55,59 @@ def tokenize(documents: Documents, tokenizer: Any, vocab_size: int, folder: Path
     return _opened(folder, found)
 
 
+def _index(path: Path) -> dict[str, Any] | None:
+    """What a folder of tokens says of itself; None where that is missing or damaged: the text gives them again.
+
+    What they come to is compared with the checkpoint of a run that goes on, by the digest.
+    """
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or found.get("dtype") not in _DTYPES:
+        return None
+    are_counts = all(type(found.get(name)) is int and found[name] >= 0 for name in _COUNTS)
+    are_words = all(isinstance(found.get(name), str) for name in ("key", "digest"))
+    return found if are_counts and are_words else None
+
+
 def _opened(folder: Path, index: dict[str, Any]) -> Tokens:
     arrays = {}
     for name in ("train", "held_out"):
         path, dtype = folder / f"{name}.bin", np.dtype(index["dtype"])
-        if path.stat().st_size != index[name] * dtype.itemsize:
-            raise BadInputError(f"{path}: has another size than {folder / 'index.json'} says; delete {folder}")
+        expected, found = index[name] * dtype.itemsize, path.stat().st_size if path.is_file() else None
+        if found != expected:
+            is_what = "is missing" if found is None else f"has {found} bytes"
+            raise BadInputError(
+                f"{path}: {is_what}, but {folder / 'index.json'} tells of {expected}; delete {folder}, and the next "
+                "run makes the tokens anew"
+            )
         # A file without bytes cannot be mapped.
         arrays[name] = np.memmap(path, dtype, "r") if index[name] else np.empty(0, dtype)
-    return Tokens(train=arrays["train"], held_out=arrays["held_out"], digest=index["digest"])
+    note, passed_over = None, index["passed_over"]
+    if passed_over:
+        note = f"data.text: {passed_over} of {index['files']} files found were passed over: they are no UTF-8 text."
+    return Tokens(train=arrays["train"], held_out=arrays["held_out"], digest=index["digest"], note=note)
 
 
 def _write(
     documents: Documents, tokenizer: Any, vocab_size: int, dtype: np.dtype[Any], folder: Path
 ) -> dict[str, int | str]:
-    """Write both files. Returns how many tokens each holds, and the digest of both."""
+    """Write both files. Returns how many tokens each holds, the digest of both, and how many files gave no text."""
     options = documents.options
     end = [tokenizer.eos_token_id] if options.end_of_text else []
     if end == [None]:
         raise BadInputError("the tokenizer has no end-of-sequence token: set data.end_of_text to false")
-    held_out, counts = documents.held_out(), {"train": 0, "held_out": 0}
+    held_out, counts, of_text = documents.held_out(), {"train": 0, "held_out": 0}, 0
     digests = {name: xxhash.xxh3_64() for name in counts}
     files: dict[str, BinaryIO] = {}
     try:
         for name in counts:
             files[name] = (folder / f"{name}.bin").open("wb")
         for batch in _batches(documents):
-            ids = tokenizer(batch, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+            ids = _ids(tokenizer, batch)
             for document, tokens in zip(batch, ids, strict=True):
+                of_text += len(tokens)
                 row = np.array(tokens + end, np.int64)
                 if row.size and row.max() >= vocab_size:
                     raise BadInputError(
@@ -95,7 +122,26 @@ def _write(
     finally:
         for file in files.values():
             file.close()
-    return {**counts, "digest": "".join(digest.hexdigest() for digest in digests.values())}
+    if not of_text:
+        raise BadInputError(
+            f"{tokenizer.name_or_path}: the tokenizer makes no token of any document: its vocabulary is empty, or of "
+            "another script; data.tokenizer names another folder"
+        )
+    return {
+        **counts,
+        "digest": "".join(digest.hexdigest() for digest in digests.values()),
+        "files": len(documents.files),
+        "passed_over": len(documents.passed_over),
+    }
+
+
+def _ids(tokenizer: Any, batch: list[str]) -> list[list[int]]:
+    try:
+        return tokenizer(batch, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    except Exception as error:  # the tokenizers library raises no class of its own
+        raise BadInputError(
+            f"{tokenizer.name_or_path}: the tokenizer fails: {error}; data.tokenizer names another folder"
+        ) from error
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -130,7 +176,7 @@ def _stamps(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The transformers tokenizer of a folder, offline. Raises BadInputError if it holds none."""
+    """The transformers tokenizer of a folder, offline. Raises BadInputError if it holds none, or one without words."""
     from transformers import AutoTokenizer
 
     try:
@@ -139,6 +185,15 @@ def load_tokenizer(folder: Path) -> Any:
         raise BadInputError(
             f"{folder}: no tokenizer can be loaded from it; data.tokenizer may name another folder. {error}"
         ) from error
+    # Of a folder without tokenizer files transformers makes one that knows special tokens alone: text becomes nothing.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
+        files = dict(tokenizer.vocab_files_names)
+        absent = ", ".join(name for name in files.values() if not (folder / name).is_file())
+        raise BadInputError(
+            f"{folder}: its tokenizer ({type(tokenizer).__name__}) has no vocabulary but special tokens; not there: "
+            f"{absent or 'nothing'}. Add tokenizer.json, or the other files that the model came with, or let "
+            "data.tokenizer name a folder that has them"
+        )
     # The text is cut into sequences afterwards, so a warning that a document is long would only alarm.
     tokenizer.model_max_length = 1 << 60
     return tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
     from ckptbridge.trainer.recipe import Recipe
 
 
-@exits
+_INTERRUPTED = (
+    "interrupted: the same command resumes from the run folder's newest checkpoint, or begins anew where there is none "
+    "(checkpoint.save_every)"
+)
+
+
+@functools.partial(exits, interrupted=_INTERRUPTED)
 @takes_flags
 def train(
     tell: o.TellFlags,
@@ -32,7 +39,8 @@ def train(
         bool, typer.Option("--no-graph", help="Launch every operation by itself; the same as kernels.graph=off.")
     ] = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Print what the run will take of a GPU's memory, and stop; needs none.")
+        bool,
+        typer.Option("--plan", help="Print what the run will take of a GPU's memory, and stop; writes nothing."),
     ] = False,
     profile: Annotated[
         int,
@@ -64,7 +72,7 @@ def train(
         _show_plan(checked, tell)
         return
     with _Bar(checked.schedule.total_steps, hidden=tell.silent) as bar:
-        result = run(checked, on_step=bar.show, profiled_steps=profile)
+        result = run(checked, on_step=bar.show, on_note=bar.note, profiled_steps=profile)
     summary = {
         "run_folder": str(checked.run_folder),
         "steps": result.steps,
@@ -86,7 +94,8 @@ def train(
         if result.held_out_before is not None:
             report.out.print(f"held-out loss {result.held_out_before:.4f} -> {result.held_out_after:.4f} nats a token")
         for note in result.notes:
-            report.out.print(note, soft_wrap=True)
+            if note not in bar.noted:
+                report.out.print(note, soft_wrap=True, markup=False)
         if result.profile:
             for line in result.profile.lines():
                 report.out.print(line, soft_wrap=True, highlight=False)
@@ -98,16 +107,20 @@ def train(
 
 def _show_plan(recipe: Recipe, tell: o.TellFlags) -> None:
     from ckptbridge import report
-    from ckptbridge.trainer.loop import DISTILLED
     from ckptbridge.trainer.memory_plan import plan_run
-    from ckptbridge.trainer.source import open_source
+    from ckptbridge.trainer.planned_source import planned_config
+    from ckptbridge.trainer.run_notes import kernels_of_plan, notes_of
 
-    planned = plan_run(open_source(recipe.model, recipe.run_folder / DISTILLED).config, recipe)
+    config = planned_config(recipe.model)
+    planned = plan_run(config, recipe)
+    notes = [kernels_of_plan(recipe.kernels), *notes_of(recipe, config)]
     if tell.as_json:
-        report.print_json(planned.to_json())
+        report.print_json(planned.to_json() | {"notes": notes})
         return
     for line in planned.lines():
         report.out.print(line, highlight=False)
+    for note in notes:
+        report.out.print(note, soft_wrap=True, highlight=False, markup=False)
 
 
 class _Bar:
@@ -117,6 +130,9 @@ class _Bar:
         from ckptbridge import report
 
         self._bar: Progress | None = None
+        self._hidden, self._console = hidden, report.err
+        self.noted: list[str] = []
+        """What was said before the first step."""
         if not hidden and report.err.is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -138,6 +154,12 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.stop()
+
+    def note(self, sentence: str) -> None:
+        """Say what a user should know before the run has cost anything."""
+        self.noted.append(sentence)
+        if not self._hidden:
+            self._console.print(f"note: {sentence}", soft_wrap=True, highlight=False, markup=False)
 
     def show(self, record: dict[str, Any]) -> None:
         """Show one record of the log."""

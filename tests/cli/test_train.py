@@ -17,6 +17,8 @@ from ckptbridge.verbs.train import told
 from tests.tiny import save_tiny
 from tests.trainer.text import save_tokenizer, write_documents
 
+TRITON = "The figures are those of the Triton kernels (kernels.backend auto on a GPU, or triton)."
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -37,11 +39,22 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "recipe.yaml"
 
 
-def run(*words: object) -> str:
-    command = [sys.executable, "-m", "ckptbridge", "train", *map(str, words)]
+NO_MODEL_RUNS = """
+import sys, torch
+def run(*_, **__):
+    raise AssertionError("a model was run")
+torch.nn.functional.scaled_dot_product_attention = run
+from ckptbridge.__main__ import main
+main()
+"""
+"""The command line in a process where attention cannot be computed."""
+
+
+def run(*words: object, prefix: tuple[str, ...] = (sys.executable, "-m", "ckptbridge"), code: int = 0) -> str:
+    command = [*prefix, "train", *map(str, words)]
     environment = {**os.environ, "COLUMNS": "200", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
 
@@ -52,8 +65,41 @@ def test_a_plan_needs_no_gpu_and_writes_nothing(recipe: Path) -> None:
     assert plain["total"] == plain["state"] + plain["activations"] + plain["largest_temporary"] + plain["workspace"]
     lines = run(recipe, "--plan").splitlines()
     assert lines[0].split()[0] == "weights"
-    assert lines[-1].startswith("in all")
+    assert lines[-2].startswith("in all")
+    assert lines[-1] == TRITON
     assert not (recipe.parent / "run").exists()
+
+
+def test_a_plan_of_a_mixture_measures_and_distils_nothing(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    text = (write_documents(tmp_path / "texts") / "00.txt").rename(tmp_path / "text.txt")
+    upcycle = {"num_experts": 4, "topk": 2, "method": "cmoe", "calibrate": str(text), "distill": {"tokens": 64}}
+    values: dict[str, Any] = {
+        "run_folder": str(tmp_path / "run"),
+        "model": {"init_from": str(tmp_path / "model"), "upcycle": upcycle},
+        "data": {"text": ["nowhere"], "sequence_length": 256},
+        "schedule": {"total_steps": 5},
+        "moe": {"aux_loss_coeff": 0.0},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    words = (tmp_path / "recipe.yaml", "--plan", "--json", "--set", "kernels.backend=reference")
+    planned = json.loads(run(*words, prefix=(sys.executable, "-c", NO_MODEL_RUNS)))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    kernels, length, balance = planned["notes"]
+    assert kernels == TRITON.removesuffix(".") + (
+        ". This recipe asks for reference, whose memory is not planned and may be more."
+    )
+    assert length.startswith("data.sequence_length 256 is beyond the model's max_position_embeddings 128")
+    assert balance.startswith("Nothing balances the experts: moe.aux_loss_coeff is 0")
+    assert planned["state"] == json.loads(run(*words, "--set", "model.upcycle.distill=null"))["state"]
+
+
+def test_a_plan_of_what_is_not_trained_is_refused(tmp_path: Path, recipe: Path) -> None:
+    save_tiny("gemma2", tmp_path / "gemma2")
+    told = run(recipe, "--plan", "--json", "--set", f"model.init_from={tmp_path / 'gemma2'}", code=3)
+    assert "Gemma2ForCausalLM cannot be trained" in json.loads(told)["error"]
 
 
 def test_a_profile_is_a_trace_and_a_table_with_floors(recipe: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,35 @@ def test_files_globs_folders_and_what_is_no_text(tmp_path: Path) -> None:
         Documents(section(folder / "nowhere*"))
 
 
+def test_what_lies_in_the_run_folder_is_no_text_unless_it_is_named(texts: Path) -> None:
+    run = texts / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "recipe.yaml").write_text("seed: 1")
+    (run / "checkpoints" / "note.txt").write_text("of the run")
+    (texts / "runs.txt").write_text("not below it")
+    for folder in (run, texts / "deep" / ".." / "run"):
+        (texts / "deep").mkdir(exist_ok=True)
+        files = [file.path for file in Documents(section(texts, texts / "**" / "*.txt"), folder).files]
+        assert len(files) == 21
+        assert not [path for path in files if path.is_relative_to(run)]
+    named = Documents(section(texts, run / "recipe.yaml"), run).files
+    assert [file.path for file in named if file.named] == [run / "recipe.yaml"]
+    assert len(Documents(section(texts)).files) == 23
+    with pytest.raises(BadInputError, match=r"all 2 files of .*run.* lie below run_folder .*name another run_folder"):
+        Documents(section(texts, run), run)
+
+
+def test_files_that_are_passed_over_are_counted_and_told_again_from_the_folder(
+    texts: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    assert tokenize(Documents(section(texts)), tokenizer, 250, tmp_path / "all").note is None
+    (texts / "latin.txt").write_bytes("ä".encode("latin-1"))
+    (texts / "zeros.bin").write_bytes(b"\0\1")
+    said = "data.text: 2 of 22 files found were passed over: they are no UTF-8 text."
+    for _ in range(2):
+        assert tokenize(Documents(section(texts)), tokenizer, 250, tmp_path / "tokens").note == said
+
+
 def test_a_single_document_is_cut_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("one\n\ntwo\n\nthree")
@@ -123,12 +153,43 @@ def test_tokens_are_made_once_and_again_when_the_text_changes(
     assert tokenize(Documents(section(texts, seed=5)), tokenizer, 250, folder).digest != changed.digest
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: "\xff" + text,
+        lambda text: text.replace('"digest"', '"other"'),
+        lambda text: text.replace('"<u2"', '"<f9"'),
+        lambda text: text.replace('"held_out": ', '"held_out": -'),
+        lambda text: text.replace('"key": "', '"key": 1, "was": "'),
+        lambda text: "[" * 100_000,
+    ],
+)
+def test_a_damaged_index_is_made_anew(
+    damage: Callable[[str], str], texts: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tokens"
+    before = tokenize(Documents(section(texts)), tokenizer, 250, folder)
+    index = (folder / "index.json").read_text()
+    assert damage(index) != index
+    (folder / "index.json").write_text(damage(index), encoding="latin-1")
+    after = tokenize(Documents(section(texts)), tokenizer, 250, folder)
+    assert after.digest == before.digest
+    assert np.array_equal(after.train, before.train)
+    assert (folder / "index.json").read_text() == index
+
+
 def test_a_truncated_token_file_is_refused(texts: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     folder = tmp_path / "tokens"
     tokenize(Documents(section(texts)), tokenizer, 250, folder)
     with (folder / "train.bin").open("r+b") as file:
         file.truncate(100)
-    with pytest.raises(BadInputError, match=r"train\.bin"):
+    with pytest.raises(BadInputError, match=r"train\.bin: has 100 bytes, but .*index\.json tells of \d+; delete"):
+        tokenize(Documents(section(texts)), tokenizer, 250, folder)
+    (folder / "train.bin").unlink()
+    with pytest.raises(BadInputError, match=r"train\.bin: is missing, but .*index\.json tells of \d+; delete"):
         tokenize(Documents(section(texts)), tokenizer, 250, folder)
 
 

@@ -150,7 +150,7 @@ def test_nothing_of_a_mixture_is_on_disk_before_the_first_checkpoint(place: Path
     values = recipe_values(place, "bare", {"init_from": str(place / "fp32"), "upcycle": MIXTURES["groups"]})
     before, seen = files_of(place / "fp32"), dict[int, set[str]]()
     run(values, on_step=lambda record: seen.update({record["step"]: files_of(place / "bare")}))
-    bare = {"recipe.yaml", "train.jsonl", "tokens/index.json", "tokens/train.bin", "tokens/held_out.bin"}
+    bare = {".lock", "recipe.yaml", "train.jsonl", "tokens/index.json", "tokens/train.bin", "tokens/held_out.bin"}
     assert seen[0] == seen[1] == seen[2] == bare  # a step is told of before its checkpoint is written
     assert any(name.endswith(".distcp") for name in seen[3])
     assert files_of(place / "fp32") == before

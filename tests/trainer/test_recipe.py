@@ -10,7 +10,7 @@ import pytest
 
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.trainer.recipe import Recipe, json_schema
-from ckptbridge.trainer.recipe_file import load_recipe, parse_recipe, save_recipe, with_overrides
+from ckptbridge.trainer.recipe_file import load_recipe, parse_recipe, read_values, save_recipe, with_overrides
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL: dict[str, Any] = {
@@ -44,6 +44,9 @@ def refusal(*overrides: str) -> str:
         ("data.micro_batch_size=3", "global_batch_size 8 is not a multiple of micro_batch_size 3"),
         ("schedule.warmup_steps=3", "warmup_steps 3 must be below total_steps 3"),
         ("schedule.min_lr=1", "schedule.min_lr 1.0 is above optimizer.lr 3e-05"),
+        ("seed=99999999999999999999999", "seed: input should be less than or equal to 9223372036854775807, found 9999"),
+        ("data.seed=9223372036854775808", "data.seed: input should be less than or equal to 9223372036854775807"),
+        ("data.document_separator=''", "data.document_separator: string should have at least 1 character, found ''"),
     ],
 )
 def test_refusals_name_key_and_value(override: str, said: str) -> None:
@@ -85,6 +88,14 @@ def test_overrides_that_are_none_are_refused(override: str) -> None:
         with_overrides(SMALL, [override])
 
 
+def test_a_section_that_is_null_is_one_that_was_left_out(tmp_path: Path) -> None:
+    save_recipe(parse_recipe(SMALL), tmp_path / "recipe.yaml")
+    assert "upcycle: null" in (tmp_path / "recipe.yaml").read_text()
+    changed = load_recipe(tmp_path / "recipe.yaml", ["model.upcycle.num_experts=4", "model.upcycle.topk=1"])
+    assert changed.model.upcycle is not None
+    assert (changed.model.upcycle.num_experts, changed.model.upcycle.topk) == (4, 1)
+
+
 def test_overrides_leave_the_values_alone() -> None:
     with_overrides(SMALL, ["data.seed=4"])
     assert "seed" not in SMALL["data"]
@@ -104,6 +115,40 @@ def test_files_that_are_no_recipe_are_refused(text: str, tmp_path: Path) -> None
         load_recipe(path)
     with pytest.raises(BadInputError, match="no such recipe"):
         load_recipe(tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("data:\n  text: [a]\nrun_folder: x\n\n# more\ndata:\n  seed: 3\n", "data", (1, 6)),
+        ('data:\n  text: [a]\n  seed: 1\n  "text": [b]\n', "text", (2, 4)),
+        ("model: {init_from: x, init_from: y}\n", "init_from", (1, 1)),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_both_lines(
+    text: str, key: str, lines: tuple[int, int], tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(BadInputError) as caught:
+        read_values(path)
+    assert str(caught.value).startswith(f"{path}: key {key!r} stands on line {lines[0]} and again on line {lines[1]}")
+
+
+def test_keys_of_two_sections_and_those_that_are_merged_in_may_be_alike(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("a: &a {seed: 1, lr: 2}\nb:\n  <<: *a\n  seed: 3\n")
+    assert read_values(path) == {"a": {"seed": 1, "lr": 2}, "b": {"seed": 3, "lr": 2}}
+
+
+@pytest.mark.parametrize("value", ["2001-13-45", "9" * 5000, "[" * 5000], ids=["date", "number", "depth"])
+def test_values_that_yaml_cannot_build_are_no_defect_of_ours(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"seed: {value}\n")
+    with pytest.raises(BadInputError, match=r"recipe\.yaml: not YAML"):
+        read_values(path)
+    with pytest.raises(BadInputError, match="--set"):
+        with_overrides(SMALL, [f"seed={value}"])
 
 
 def test_every_field_is_described() -> None:
