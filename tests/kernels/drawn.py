@@ -239,7 +239,11 @@ def _rows(dice: Dice) -> Draw:
 def _grouped(dice: Dice) -> tuple[GroupedCase, GroupedConfig]:
     counts = tuple(dice.one_of(0, dice.size(100), dice.size(100)) for _ in range(dice.size(9)))
     case = GroupedCase(
-        counts=counts, K=dice.width(200), N=dice.width(200), unused=dice.one_of(0, dice.size(60)), tokens=dice.size(40)
+        counts=counts,
+        K=dice.width(200),
+        N=dice.width(200),
+        unused=dice.one_of(0, dice.size(60)),
+        tokens=24 + dice.size(40),
     )
     config = GroupedConfig(
         block_rows=dice.one_of(64, 128),
