@@ -159,11 +159,13 @@ def backward_kernel(
         if NORMALISES:
             divisor = (tl.sum(weights, 1) + 1e-20)[:, None]
             weights = weights / divisor
-            d_weights = d_weights - tl.sum(weights * d_weights, 1)[:, None]
+            mean = tl.sum(weights * d_weights, 1)[:, None]
+            d_weights = d_weights - mean
             if IS_SIGMOID:
                 d_scores += tl.where(weights > 0, d_weights / divisor, 0.0)
-            else:  # as if the weights summed up to one, which they do unless the chosen scores sum up to some 1e-20
-                d_logits += weights * d_weights
+            else:
+                # The weights sum up to one but for the 1e-20, which counts where a bias chose experts of no score.
+                d_logits += weights * d_weights - softmax * (mean * (1e-20 / divisor))
         else:
             d_scores += d_weights
     if d_probability_ptr is not None:

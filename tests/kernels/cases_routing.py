@@ -133,7 +133,7 @@ REAL_ROUTE = [
 ]
 
 # No token, one token, one expert, every expert chosen, experts that are no power of two, more tiles than programs, and
-# logits whose exp is infinite in fp32.
+# logits whose exp is infinite in fp32, experts of next to no score that a bias chose.
 SMALL_ROUTE = [
     *(RouteCase(T=t, E=e, K=k) for t, e, k in [(0, 4, 2), (1, 8, 2), (5, 1, 1), (9, 8, 8), (37, 6, 2), (70, 128, 8)]),
     RouteCase(T=1100, E=8, K=2),
@@ -147,6 +147,7 @@ SMALL_ROUTE = [
         for bias in (False, True)
     ),
     RouteCase(T=45, E=24, K=3, score_function="sigmoid", scale=60.0),
+    RouteCase(T=22, E=113, K=1, has_bias=True, scale=12.0),
 ]
 REAL_LOGITS = [
     LogitsCase(T=T, H=4096, E=8, model="llama3-e8t2"),
