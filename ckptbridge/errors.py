@@ -14,6 +14,8 @@ import typer
 P = ParamSpec("P")
 
 INTERRUPTED = 130
+UNREAD = 141
+"""Nobody read what was printed: what a shell says of a program that SIGPIPE ended, and no success of a verification."""
 INTERNAL_ERROR = 70
 """BSD's EX_SOFTWARE: a defect of this program, never to be taken for a verification that failed."""
 
@@ -37,9 +39,8 @@ def exits(verb: Callable[P, None], *, interrupted: str | None = None) -> Callabl
             resumes = "; what was written is kept: run again with --resume" if "resume" in kwargs else ""
             _leave(interrupted or f"interrupted{resumes}", INTERRUPTED, kwargs)
         except BrokenPipeError:
-            # The reader of our output left (`| head`): Python would complain again while closing stdout.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
+            _forget_stdout()
+            raise typer.Exit(UNREAD) from None
         except Exception as error:
             from ckptbridge.converters.errors import CkptBridgeError
 
@@ -55,9 +56,17 @@ def exits(verb: Callable[P, None], *, interrupted: str | None = None) -> Callabl
     return run
 
 
+def _forget_stdout() -> None:
+    """The reader of our output left (`| head`): Python would complain again while closing stdout."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _leave(message: str, code: int, options: dict[str, object]) -> NoReturn:
     if options.get("as_json"):
-        typer.echo(json.dumps({"error": message, "exit_code": code}))
+        try:
+            typer.echo(json.dumps({"error": message, "exit_code": code}))
+        except BrokenPipeError:
+            _forget_stdout()
     typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
     typer.echo(message, err=True)
     raise typer.Exit(code)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from ckptbridge.cli import app
 from ckptbridge.converters.disk import disk_message
+from tests.conftest import TinyFolders
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, stopped: str, *words: object) -> Result:
@@ -64,3 +68,26 @@ def test_a_full_disk_names_the_flag_for_conversions_alone() -> None:
     assert "conversions continue with --resume, a training run of the same recipe by itself" in said
     other = disk_message(Path("a/b"), OSError(errno.EIO, "Input/output error"))
     assert other == "a/b: cannot be written: Input/output error. What was written lies in a"
+
+
+def unread(*words: object) -> subprocess.CompletedProcess[str]:
+    """A verb whose output nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, "-m", "ckptbridge", *map(str, words)]
+        return subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+
+
+def test_a_verb_whose_reader_left_is_no_success(tiny_folder: TinyFolders) -> None:
+    """With pipefail a verification that failed would have passed."""
+    done = unread("verify", tiny_folder("llama"), tiny_folder("llama_tied"), "--json")
+    assert done.returncode == 141, done.stderr
+
+
+def test_an_error_keeps_its_exit_code_though_nobody_reads_its_json(tmp_path: Path) -> None:
+    done = unread("hf2mcore", tmp_path / "nothere", tmp_path / "out", "--json")
+    assert done.returncode == 3
+    assert "nothere" in done.stderr
