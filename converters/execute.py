@@ -97,7 +97,7 @@ def _execute(plan: ConversionPlan, partial: Path, fellows: Fellows, progress: Pr
         fellows.wait_for_first(_DONE, "waiting for it to finish the folder")
         fellows.leave()
         return read_receipt(plan.options.receipt or plan.target)
-    receipt = _finish(plan, partial, journal)
+    receipt = _finish(plan, partial, journal, fingerprint)
     fellows.dismiss(_DONE)
     return receipt
 
@@ -111,9 +111,9 @@ def _finished(plan: ConversionPlan) -> Receipt | None:
     return found if found.plan == plan_fingerprint(plan) else None
 
 
-def _finish(plan: ConversionPlan, partial: Path, journal: Journal) -> Receipt:
+def _finish(plan: ConversionPlan, partial: Path, journal: Journal, fingerprint: str) -> Receipt:
     """Write what lies beside the tensors, and give the folder its name."""
-    receipt = _receipt(plan, _told(plan))
+    receipt = _receipt(plan, _told(plan), fingerprint)
     for source, name in plan.copies:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(partial / name, _copied(source))
@@ -310,7 +310,7 @@ def _write_files(
             finisher.check()
 
 
-def _receipt(plan: ConversionPlan, told: Record) -> Receipt:
+def _receipt(plan: ConversionPlan, told: Record, fingerprint: str) -> Receipt:
     if absent := [file.name for file in plan.files if file.name not in told.files]:
         raise StorageError(f"{plan.target}: {', '.join(absent[:4])} of the output were not written")
     return Receipt(
@@ -325,7 +325,7 @@ def _receipt(plan: ConversionPlan, told: Record) -> Receipt:
         target_nbytes=plan.nbytes,
         files={file.name: file.size for file in plan.files},
         not_finite={name: {"nan": found.nan, "infinite": found.infinite} for name, found in told.bad.items()},
-        plan=plan_fingerprint(plan),
+        plan=fingerprint,  # of the source as it was when the run began
     )
 
 

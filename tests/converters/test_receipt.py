@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ckptbridge.converters.errors import BadInputError, StorageError
-from ckptbridge.converters.execute import execute
+from ckptbridge.converters.execute import execute, partial_folder
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.converters.receipt import RECEIPT_NAME, read_receipt
 from tests.conftest import TinyFolders
@@ -113,7 +115,7 @@ import sys
 from pathlib import Path
 import torch
 from ckptbridge.converters.convert import ConvertOptions, plan_conversion
-from ckptbridge.converters.execute import execute
+from ckptbridge.converters.execute import execute, partial_folder
 from ckptbridge.converters.model import open_model
 from ckptbridge.converters.parallel_layout import ParallelLayout
 
@@ -158,3 +160,46 @@ def test_nothing_is_left_open(tiny_folder: TinyFolders, tmp_path: Path) -> None:
     execute(planned(tiny_folder("mixtral"), tmp_path / "a", workers=4))
     begin(planned(tiny_folder("mixtral"), tmp_path / "b"))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_run_that_is_started_again_knows_that_all_is_done(tiny_folder: TinyFolders, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(tiny_folder("llama"), source)
+    receipt = execute(planned(source, target))
+    before = {path: path.stat().st_mtime_ns for path in target.rglob("*")}
+    assert execute(planned(source, target, resume=True)) == receipt
+    assert {path: path.stat().st_mtime_ns for path in target.rglob("*")} == before
+    for other in (planned(source, target, resume=True, layout=ParallelLayout(tp=2)), planned(source, target)):
+        with pytest.raises(BadInputError, match="already exists"):
+            execute(other)
+    save_file({k: v + 1 for k, v in load_file(source / "model.safetensors").items()}, source / "model.safetensors")
+    with pytest.raises(BadInputError, match="already exists"):
+        execute(planned(source, target, resume=True))
+
+
+def test_a_receipt_that_cannot_be_written_is_refused_before_any_tensor_is(
+    tiny_folder: TinyFolders, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(BadInputError, match=r"--receipt .*r.json: there is no folder .*nothere; make it"):
+        execute(planned(tiny_folder("llama"), target, receipt=tmp_path / "nothere" / "r.json"))
+    with pytest.raises(BadInputError, match=r"--receipt .* is a folder"):
+        execute(planned(tiny_folder("llama"), target, receipt=tmp_path))
+    assert not partial_folder(target).exists()
+
+
+def test_a_source_file_that_cannot_be_read_is_not_told_as_one_that_cannot_be_written(
+    tiny_folder: TinyFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(tiny_folder("llama"), tmp_path / "target", "hf")
+    unreadable, name = plan.copies[0]
+    read = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path == unreadable:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(StorageError, match=rf"{name}: cannot be read: Permission denied"):
+        execute(plan)
