@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ckptbridge import __version__
+from ckptbridge.usage import Program
 from ckptbridge.verbs.convert import hf2mcore, mcore2hf
 from ckptbridge.verbs.demo import demo
 from ckptbridge.verbs.diff import diff
@@ -20,6 +21,7 @@ from ckptbridge.verbs.verify import verify
 
 app = typer.Typer(
     name="ckptbridge",
+    cls=Program,
     help="Carry large language models between Hugging Face and Megatron: convert, upcycle, verify, train.",
     epilog="Exit codes: 0 done, 1 verification failed, 2 wrong usage, 3 bad input, 4 disk or network, 130 interrupted.",
     no_args_is_help=True,

@@ -233,7 +233,15 @@ class TellFlags:
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object on stdout, nothing else.", rich_help_panel=RUN)
     ] = False
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=RUN)] = False
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet",
+            "-q",
+            help="Print errors only; a plan, a schema or launch's flags are printed all the same.",
+            rich_help_panel=RUN,
+        ),
+    ] = False
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.", rich_help_panel=RUN)] = False
 
     @property
@@ -284,6 +292,12 @@ class ConvertFlags:
 
         dtypes = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
         layout, megatron, output, run = self.layout, self.megatron, self.output, self.run
+        if megatron.names is not ModuleNames.te and megatron.ckpt_format is not CkptFormat.torch:
+            raise typer.BadParameter(
+                f"{megatron.names.value} goes with --format torch: torch_dist has one set of names, which all modules "
+                "load",
+                param_hint="--module-names",
+            )
         return ConvertOptions(
             layout=ParallelLayout(
                 tp=layout.tp,

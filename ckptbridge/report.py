@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ckptbridge.converters.byte_sizes import size_in_words as size
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -41,15 +43,6 @@ def print_json(value: dict[str, Any]) -> None:
             typer.echo(f"{', ' if start else '['}{part[1:-1]}", nl=False)
         typer.echo("]", nl=False)
     typer.echo("}" if value else "{}")
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people: 1.71 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
 
 
 def count(parameters: int) -> str:
@@ -134,7 +127,7 @@ def table(*columns: str) -> Table:
     return made
 
 
-def plan_table(plan: ConversionPlan) -> None:
+def plan_table(plan: ConversionPlan, *, has_notes: bool) -> None:
     """What a conversion would write."""
     from ckptbridge.converters.fold import folded
 
@@ -169,7 +162,8 @@ def plan_table(plan: ConversionPlan) -> None:
         f"{info['estimated_seconds']:.0f} s if the disk keeps up. Nothing was written.",
         soft_wrap=True,
     )
-    notes(plan.notes)
+    if has_notes:
+        notes(plan.notes)
 
 
 def verification(report: VerifyReport) -> None:

@@ -120,10 +120,8 @@ class _Causes:
 
     def _within(self, name: str, a: Tensor, b: Tensor) -> str:
         """What was done to the tensor's own values."""
-        if a.dtype != b.dtype and torch.equal(a.to(b.dtype), b):
-            return f"{_word(a)} in A, rounded to {_word(b)} in B"
-        if a.dtype != b.dtype and torch.equal(b.to(a.dtype), a):
-            return f"{_word(b)} in B, rounded to {_word(a)} in A"
+        if a.dtype != b.dtype and (cause := _rounded(a, b)):
+            return cause
         a, b = a.float(), b.float()
         if a.ndim == 2 and a.shape[0] == a.shape[1] and torch.equal(a.T, b):
             return "transposed"
@@ -135,6 +133,15 @@ class _Causes:
         sides = (self.a.tensors[name], self.b.tensors[name])
         parts = [layout.unpack(side, self.a.config) if layout else [side] for side in sides]
         return scale_cause(*parts) or _scale(a, b) or "values differ"
+
+
+def _rounded(a: Tensor, b: Tensor) -> str | None:
+    """Which side is the other one rounded to its dtype: the narrower, also where no value needed it."""
+    sides = sorted(((a, "A"), (b, "B")), key=lambda side: -side[0].dtype.itemsize)
+    for (whole, here), (rounded, there) in (sides, sides[::-1]):
+        if torch.equal(whole.to(rounded.dtype), rounded):
+            return f"{_word(whole)} in {here}, rounded to {_word(rounded)} in {there}"
+    return None
 
 
 def _qkv_order(a: Tensor, b: Tensor, config: ModelConfig) -> str | None:

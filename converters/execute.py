@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ckptbridge.converters.announced import refuse_announced
+from ckptbridge.converters.byte_sizes import size_in_words
 from ckptbridge.converters.convert import ConversionPlan
 from ckptbridge.converters.copying import Copier, Progress, sum_nbytes
 from ckptbridge.converters.direct import DirectWriter, is_worth_it
@@ -245,8 +246,8 @@ def _check_space(plan: ConversionPlan, partial: Path) -> None:
     free = shutil.disk_usage(partial).free
     if need > free:
         raise StorageError(
-            f"{partial}: the disk has {free / 1e9:.2f} GB free, {need / 1e9:.2f} GB are needed; no tensor was written. "
-            "Free some space and run again with --resume, or name a folder on another disk"
+            f"{partial}: the disk has {size_in_words(free)} free, {size_in_words(need)} are needed; no tensor was "
+            "written. Free some space and run again, conversions with --resume, or name a folder on another disk"
         )
 
 

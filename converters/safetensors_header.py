@@ -58,6 +58,8 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 def header_nbytes(path: Path, head: bytes, size: int) -> int:
     """The length of the JSON behind `head`, the first 8 bytes of a file of `size` bytes. Raises BadInputError."""
+    if size == 0:
+        raise BadInputError(f"{path}: the file is empty: it was truncated to 0 bytes; copy or download it again")
     length = int.from_bytes(head, "little")
     if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
         raise BadInputError(

@@ -56,10 +56,12 @@ class MemoryPlan:
 
     def lines(self) -> Iterator[str]:
         """The plan for a terminal."""
+        unit, nbytes = ("GiB", GIB) if self.total >= GIB else ("MiB", 1 << 20)
         parts = ("weights", "main_weights", "gradients", "moments", "activations", "largest_temporary", "workspace")
         for part in parts:
-            yield f"{part.replace('_', ' '):<20}{getattr(self, part) / GIB:>9.2f} GiB"
-        yield f"{'in all':<20}{self.total / GIB:>9.2f} GiB ({self.logits_chunk / GIB:.2f} GiB of logits at once)"
+            yield f"{part.replace('_', ' '):<20}{getattr(self, part) / nbytes:>9.2f} {unit}"
+        logits = f"{self.logits_chunk / nbytes:.2f} {unit} of logits at once"
+        yield f"{'in all':<20}{self.total / nbytes:>9.2f} {unit} ({logits})"
 
     def sentence(self, available: int) -> str:
         """The plan on one line, with a warning where it hardly fits into so many bytes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptbridge import options as o
@@ -63,7 +64,7 @@ def mcore2hf(
 
     options = o.ConvertFlags(output=output, run=run, max_shard_size=max_shard_size, quantize=quantize).options()
     start = time.perf_counter()
-    model = opened(source, o.ReadFlags(hf_config=hf_config, ignore_config_field=ignore_config_field))
+    model = opened(source, o.ReadFlags(hf_config=hf_config, ignore_config_field=ignore_config_field), "local")
     if model.format == "hf":
         refuse(model, "Megatron", "hf2mcore")
     carry_out(plan_conversion(model, target, "hf", options), run, tell, start)
@@ -93,6 +94,18 @@ def refuse(model: Model, wanted: str, other_verb: str) -> None:
     )
 
 
+def _in_the_way(plan: ConversionPlan) -> tuple[str, ...]:
+    """What makes the run itself refuse that a plan is made in spite of."""
+    from ckptbridge.converters.execute import partial_folder
+
+    options, partial = plan.options, partial_folder(plan.target)
+    if plan.target.exists() and not (options.overwrite or options.resume):
+        return (f"{plan.target} exists already: the run would be refused; name another folder, or add --overwrite",)
+    if partial.is_dir() and any(partial.iterdir()) and not (options.overwrite or options.resume):
+        return (f"{partial} is left of an earlier run: this one would be refused without --resume or --overwrite",)
+    return ()
+
+
 def carry_out(
     plan: ConversionPlan,
     run: o.RunFlags,
@@ -112,7 +125,8 @@ def carry_out(
     if run.dry_run:
         if not first:
             return
-        report.print_json(plan.to_json()) if tell.as_json else report.plan_table(plan)
+        plan = replace(plan, notes=(*plan.notes, *_in_the_way(plan)))
+        report.print_json(plan.to_json()) if tell.as_json else report.plan_table(plan, has_notes=not tell.quiet)
         return
     architecture = plan.source.family.architecture
     with report.byte_progress(f"{architecture} -> {plan.target}", hidden=tell.silent or not first) as progress:

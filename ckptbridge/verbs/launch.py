@@ -69,7 +69,7 @@ def megatron(
     from ckptbridge.converters.mcore.notes import unsaid_notes
     from ckptbridge.verbs.convert import opened, refuse
 
-    model = opened(path, o.ReadFlags(hf_config=hf_config, ignore_config_field=ignore_config_field), "headers")
+    model = opened(path, o.ReadFlags(hf_config=hf_config, ignore_config_field=ignore_config_field), "local")
     if model.saved is None:
         refuse(model, "Megatron", "hf2mcore")
     sizes = {name: size for name, size in asdict(layout).items() if size is not None}

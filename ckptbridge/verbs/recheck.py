@@ -9,7 +9,7 @@ import typer
 from ckptbridge import options as o
 
 
-def verify_against_receipt(source: str, receipt: Path, hf_config: Path | None, tell: o.TellFlags) -> None:
+def verify_against_receipt(source: str, receipt: Path, read: o.ReadFlags, tell: o.TellFlags) -> None:
     """Print what changed since the receipt was written. Exit code 0 if nothing did, 1 if something did."""
     from ckptbridge import report
     from ckptbridge.converters.fold import folded
@@ -17,7 +17,7 @@ def verify_against_receipt(source: str, receipt: Path, hf_config: Path | None, t
     from ckptbridge.converters.recheck import recheck
     from ckptbridge.verbs.convert import opened
 
-    model = opened(source, o.ReadFlags(hf_config=hf_config))
+    model = opened(source, read)
     with report.byte_progress("checking digests", hidden=tell.silent) as progress:
         result = recheck(model, read_receipt(receipt), progress=progress)
     if tell.as_json:

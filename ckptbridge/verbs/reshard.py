@@ -63,7 +63,7 @@ def reshard(
         raise typer.BadParameter("contradicts --no-optimizer", param_hint="--optimizer-format")
     options = o.ConvertFlags(layout=layout, megatron=megatron, output=output, run=run).options()
     start = time.perf_counter()
-    model = opened(source, o.ReadFlags(hf_config=hf_config, ignore_config_field=ignore_config_field))
+    model = opened(source, o.ReadFlags(hf_config=hf_config, ignore_config_field=ignore_config_field), "local")
     if model.format == "hf":
         refuse(model, "Megatron", "hf2mcore")
     plan = plan_reshard(

@@ -67,13 +67,14 @@ def verify(
         ),
     ] = None,
     hf_config: o.HfConfig = None,
+    revision: o.Revision = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Also write the result as JUnit XML.")] = None,
 ) -> None:
     """Compare the losses of two checkpoints on a text. Exit code 0 if they agree, 1 if not."""
     if b is None and against_receipt is not None:
         from ckptbridge.verbs.recheck import verify_against_receipt
 
-        verify_against_receipt(a, against_receipt, hf_config, tell)
+        verify_against_receipt(a, against_receipt, o.ReadFlags(hf_config=hf_config, revision=revision), tell)
         return
     if b is None or against_receipt is not None:
         raise typer.BadParameter("name two checkpoints, or one with --against-receipt", param_hint="B")
@@ -89,8 +90,8 @@ def verify(
         raise BadInputError(f"{text}: no such text file")
     with report.err.status("computing both losses") if not tell.silent else report.nothing():
         result = compare(
-            local_folder(a),
-            local_folder(b),
+            local_folder(a, revision),
+            local_folder(b, revision),
             text=text.read_text(encoding="utf-8", errors="replace") if text else None,
             tokens=tokens,
             dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value],

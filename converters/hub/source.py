@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from ckptbridge.converters.hub.repository import HubRepository
     from ckptbridge.converters.hub.shards import HubShards
 
-Need = Literal["plan", "headers", "stream", "whole"]
-"""What is wanted of a Hub id: `plan` is content with config.json and the index, `headers` with the shards' headers;
-`stream` is for a conversion, which fetches the shards one after the other; `whole` downloads the model."""
+Need = Literal["local", "plan", "headers", "stream", "whole"]
+"""What is wanted of a Hub id: `local` takes folders alone; `plan` is content with config.json and the index, `headers`
+with the shards' headers; `stream` is for a conversion, which fetches the shards one after the other; `whole` downloads
+the model."""
 
 _FIRST_NBYTES = 1 << 16
 """Most headers are there with the first request; those of mixtures take a second."""
@@ -48,7 +49,7 @@ def open_source(
     ignore_config_fields: Iterable[str] = (),
     pass_through: Sequence[str] = (),
 ) -> Model:
-    """Open what `source` names, a folder or a Hub id, fetching no more than is needed.
+    """Open what `source` names, a folder or a Hub id, fetching no more than is needed; "local": a folder alone.
 
     With `stream`, shards are going to lie beside `target`. A model that is in the Hub's cache already, or is asked for
     offline, is opened there. Raises BadInputError or NotSupportedError when it cannot be converted, StorageError when
@@ -59,6 +60,8 @@ def open_source(
         if need == "plan" and is_announced_only(path):
             return model_of_folder(open_announced(path, ignore_config_fields=ignore), ignore, pass_through)
         return open_model(path, hf_config=hf_config, ignore_config_fields=ignore, pass_through=pass_through)
+    if need == "local":
+        raise BadInputError(f"{source}: no such folder, and Megatron checkpoints are not read from the Hub")
     _check_id(source)
     if need == "whole" or pass_through or _is_offline() or hf_config is not None:
         folder = local_folder(source, revision)

@@ -71,9 +71,10 @@ def _copies(spec: UpcycleSpec, source: ModelConfig, experts: int, topk: int) -> 
                 f"num_experts is {n}, no multiple of the source's {experts}: its groups of experts and its layers that "
                 f"predict further tokens take whole copies only. Use --num-experts {(copies + 1) * experts}"
             )
+        fewer = f"{copies * experts} or " if copies > 1 else ""
         unlike.append(
             f"num_experts {n} is not a multiple of the source's {experts}: experts with more copies would weigh more. "
-            f"Use --num-experts {copies * experts if copies > 1 else 2 * experts} or {(copies + 1) * experts}"
+            f"Use --num-experts {fewer}{(copies + 1) * experts}"
         )
     elif spec.router_groups and topk != t:
         unlike.append(f"topk is {topk}, but one copy of the source's experts is met {t} at a time: use --topk {t}")

@@ -95,7 +95,8 @@ def _check_sizes(spec: UpcycleSpec, dense: ModelConfig) -> None:
         raise BadInputError(f"shared_width is {shared}: it must lie below the MLP's width {ffn}")
     if (ffn - shared) % g:
         left = f", less {shared} of the shared expert," if shared else ""
-        raise BadInputError(f"the MLP's width {ffn}{left} is not a multiple of granularity {g}")
+        parts = f"num_experts {n}, among which" if spec.method in PARTITIONS else f"granularity {g}, by which"
+        raise BadInputError(f"the MLP's width {ffn}{left} is not a multiple of {parts} method {spec.method} divides it")
     chosen_layers(spec.layers, dense.num_layers)
 
 

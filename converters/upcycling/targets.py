@@ -132,7 +132,7 @@ def _notes(source: Model, spec: UpcycleSpec, family: Family) -> list[str]:
     ]
     if family.no_hf_class:
         notes.append(f"transformers has no class for it: {family.no_hf_class}. It is written for Megatron alone")
-    if family.name == "mixtral" and spec.granularity > 1:
+    if family.name == "mixtral" and spec.granularity > 1 and spec.groups > 1:
         notes.append(
             "transformers computes Mixtral's router in the model's dtype: in bf16 0.2-0.4 % of tokens tie across "
             "groups and meet a shard twice; verify in fp32 and train with the router in fp32, or take --to glm4_moe "

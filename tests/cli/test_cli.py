@@ -64,6 +64,33 @@ def test_json_is_one_object_and_nothing_else(run: Run, llama: Path, tmp_path: Pa
     assert json.loads(failed.stdout)["exit_code"] == 3
 
 
+WRONG_USAGE = {
+    "a value": (("hf2mcore", "{llama}", "{tmp}/out", "--tp", "zero", "--json"), "--tp"),
+    "a value that the verb checks": (
+        ("reshard", "a", "b", "--no-optimizer", "--optimizer-format", "plain", "--json"),
+        "",
+    ),
+    "a flag": (("inspect", "--json", "{llama}", "--bogus"), "--bogus"),
+    "a verb": (("convert", "{llama}", "--json"), "convert"),
+    "no argument": (("train", "--json"), "RECIPE"),
+    "of a plan": (("plan", "hf2mcore", "{llama}", "{tmp}/out", "--tp", "zero", "--json"), "--tp"),
+    "no verb to plan": (("plan", "--json"), "hf2mcore|mcore2hf|reshard|upcycle"),
+    "of a verb below a verb": (("launch", "megatron", "--json"), "path"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_USAGE)
+def test_wrong_usage_is_one_json_object_too(run: Run, llama: Path, tmp_path: Path, name: str) -> None:
+    words, message = WRONG_USAGE[name]
+    done = run(*(word.format(llama=llama, tmp=tmp_path) for word in words), check=2)
+    told = json.loads(done.stdout)
+    assert told.keys() == {"error", "exit_code"}
+    assert told["exit_code"] == 2
+    assert message in told["error"]
+    assert "Error" in done.stderr  # for a person, as without --json
+    assert not run(*(word.format(llama=llama, tmp=tmp_path) for word in words if word != "--json"), check=2).stdout
+
+
 def test_quiet_prints_nothing(run: Run, llama: Path, tmp_path: Path) -> None:
     done = run("hf2mcore", llama, tmp_path / "mcore", "--quiet")
     assert done.stdout == done.stderr == ""
@@ -95,6 +122,40 @@ def test_a_plan_writes_nothing_and_names_every_route(
 
 def test_plan_alone_says_how_it_is_used(run: Run) -> None:
     assert "hf2mcore|mcore2hf|reshard|upcycle" in run("plan", check=2).stderr
+    assert "hf2mcore|mcore2hf|reshard|upcycle" in run("plan", "--help").stdout
+    assert "--target-mcore" in run("plan", "hf2mcore", "--help").stdout
+
+
+def test_flags_of_a_plan_may_stand_before_the_verb(run: Run, llama: Path, tmp_path: Path) -> None:
+    told = json.loads(run("plan", "--json", "--tp", 2, "hf2mcore", llama, tmp_path / "mcore").stdout)
+    assert len(told["nbytes_by_rank"]) == 2
+
+
+def test_a_quiet_plan_is_a_plan_without_its_notes(run: Run, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "mcore").mkdir()
+    loud, quiet = (run("plan", "hf2mcore", llama, tmp_path / "mcore", *flags) for flags in ((), ("--quiet",)))
+    assert quiet.stdout == loud.stdout
+    assert "Nothing was written" in quiet.stdout
+    assert "note" in loud.stderr
+    assert not quiet.stderr
+
+
+def test_a_plan_says_what_would_make_the_run_refuse(run: Run, llama: Path, tmp_path: Path) -> None:
+    def notes(*words: object) -> str:
+        return " ".join(json.loads(run("plan", *words, "--json").stdout)["notes"])
+
+    target, other = tmp_path / "mcore", tmp_path / "other"
+    assert "exists" not in notes("hf2mcore", llama, target)
+    run("hf2mcore", llama, target)
+    assert f"{target} exists already" in notes("hf2mcore", llama, target)
+    assert f"{target} exists already" in notes("reshard", target, target, "--tp", 2)
+    assert "exists" not in notes("hf2mcore", llama, target, "--overwrite")
+    partial = tmp_path / "other.partial"
+    partial.mkdir()
+    assert "other.partial" not in notes("hf2mcore", llama, other)
+    (partial / "begun").write_text("")
+    assert f"{partial} is left of an earlier run" in notes("hf2mcore", llama, other)
+    assert "other.partial" not in notes("hf2mcore", llama, other, "--resume")
 
 
 def test_verify_passes_and_fails_with_its_exit_code(run: Run, llama: Path, tmp_path: Path) -> None:
@@ -153,6 +214,13 @@ def test_upcycled_model_computes_the_dense_loss(run: Run, llama: Path, tmp_path:
 
 BAD_CALLS = {
     "no such folder": (3, ("inspect", "{tmp}/nowhere"), "no such folder"),
+    "a mistyped path to what the Hub does not have": (
+        3,
+        ("reshard", "runs/iter_1", "{tmp}/out"),
+        "runs/iter_1: no such folder, and Megatron checkpoints are not read from the Hub",
+    ),
+    "the same to Hugging Face": (3, ("mcore2hf", "runs/iter_1", "{tmp}/out"), "are not read from the Hub"),
+    "the same for its flags": (3, ("launch", "megatron", "runs/iter_1"), "are not read from the Hub"),
     "wrong side": (3, ("mcore2hf", "{llama}", "{tmp}/out"), "ckptbridge hf2mcore"),
     "tp does not divide": (
         3,
@@ -167,6 +235,11 @@ BAD_CALLS = {
     ),
     "unknown flag": (2, ("hf2mcore", "{llama}", "{tmp}/out", "--bogus"), "--bogus"),
     "no size": (2, ("mcore2hf", "{llama}", "{tmp}/out", "--max-shard-size", "big"), "5GB or 512MiB"),
+    "names of modules that the format does not have": (
+        2,
+        ("hf2mcore", "{llama}", "{tmp}/out", "--module-names", "local"),
+        "local goes with --format torch",
+    ),
     "no text": (3, ("verify", "{llama}", "{llama}", "--text", "{tmp}/none.txt"), "no such text file"),
     "no recipe": (3, ("train", "{tmp}/none.yaml"), "none.yaml"),
     "hub id without a network": (4, ("inspect", "nobody/nothing"), "nobody/nothing"),

@@ -162,7 +162,7 @@ _MODEL, _NORM = "model.safetensors", "model.norm.weight"
 _EXPERT_7 = tuple(f"model.layers.{i}.mlp.experts.7.{m}_proj.weight" for i in range(4) for m in ("gate", "up", "down"))
 
 HF: dict[str, Bad] = {
-    "empty file": Bad("llama", _cut(_MODEL, lambda h, n: 0), (_MODEL, "truncated")),
+    "empty file": Bad("llama", _cut(_MODEL, lambda h, n: 0), (_MODEL, "is empty", "truncated")),
     "cut in the length": Bad("llama", _cut(_MODEL, lambda h, n: 5), (_MODEL, "truncated")),
     "cut behind the length": Bad("llama", _cut(_MODEL, lambda h, n: 8), (_MODEL, "truncated")),
     "cut in the header": Bad("llama", _cut(_MODEL, lambda h, n: 8 + h // 2), (_MODEL, "truncated")),

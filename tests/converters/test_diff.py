@@ -112,6 +112,24 @@ def test_a_planted_fault_is_named(fault: str, tiny_folder: TinyFolders, tmp_path
     assert len(report.differences) <= 2
 
 
+@pytest.mark.parametrize("narrow", ["A", "B"])
+def test_the_narrower_side_is_the_rounded_one(narrow: str, tiny_folder: TinyFolders, tmp_path: Path) -> None:
+    """A norm of ones is the same numbers in both dtypes: not even there was fp32 rounded from bf16."""
+
+    def ones(held: dict[str, Tensor]) -> None:
+        held["model.norm.weight"].fill_(1.0)
+
+    def halve(held: dict[str, Tensor]) -> None:
+        held.update({name: tensor.bfloat16() for name, tensor in held.items()})
+
+    folder = edited(tiny_folder("llama"), tmp_path / "whole", ones)
+    whole, halved = open_model(folder), open_model(edited(folder, tmp_path / "halved", halve))
+    report = diff(halved, whole) if narrow == "A" else diff(whole, halved)
+    wide = "B" if narrow == "A" else "A"
+    assert {d.cause for d in report.differences} == {f"float32 in {wide}, rounded to bfloat16 in {narrow}"}
+    assert len(report.differences) == len(whole.tensors)
+
+
 def test_another_model_is_told_by_names_and_config(tiny_folder: TinyFolders) -> None:
     report = diff(open_model(tiny_folder("llama")), open_model(tiny_folder("qwen2")))
     assert any("add_qkv_bias" in field for field in report.config)

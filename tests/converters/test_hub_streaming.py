@@ -352,3 +352,16 @@ def test_what_is_not_there_is_told(words: tuple[str, ...], code: int, told: str,
     assert (done.code, "Traceback" in done.stderr) == (code, False)
     assert told in done.stderr
     assert_nothing_left(tmp_path / "mcore")
+
+
+@pytest.mark.parametrize("against", ["a checkpoint", "a receipt"])
+def test_verify_takes_the_revision_that_is_named(against: str, source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "mcore"
+    model = shutil.copytree(source, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    with HubServer({HUB_ID: model}) as hub:
+        assert run(hub, tmp_path, "hf2mcore", model, target).code == 0
+        other = (target, "--tokens", 16) if against == "a checkpoint" else ("--against-receipt", target)
+        refused = run(hub, tmp_path, "verify", HUB_ID, *other, "--revision", "v9")
+        done = run(hub, tmp_path, "verify", HUB_ID, *other, "--revision", hub.commit)
+    assert (refused.code, "no branch, tag or commit 'v9'" in refused.stderr) == (3, True)
+    assert done.code == 0, done.stdout + done.stderr

@@ -262,6 +262,15 @@ def test_what_would_not_preserve_the_model_is_refused(
         assert word in str(refused.value)
 
 
+@pytest.mark.parametrize(("experts", "numbers"), [(7, "8"), (11, "8 or 12")])
+def test_a_number_of_experts_is_offered_once(experts: int, numbers: str, tiny_folder: TinyFolders) -> None:
+    with pytest.raises(BadInputError) as refused:
+        upcycled(
+            open_model(tiny_folder("mixtral")), UpcycleSpec(num_experts=experts, topk=2, method="expert-upcycling")
+        )
+    assert f"Use --num-experts {numbers}. " in str(refused.value)
+
+
 def test_the_class_stays_and_has_to_be_able_to_say_it(tiny_folder: TinyFolders) -> None:
     source = open_model(tiny_folder("mixtral"))
     with pytest.raises(NotSupportedError, match="keeps the source's class"):

@@ -161,7 +161,11 @@ def test_a_single_group_has_a_single_row(tiny_folder: TinyFolders, tmp_path: Pat
         ({"method": "cmoe", "to": "qwen2_moe"}, ("method cmoe", "--calibrate")),
         ({"method": "split", "router_init": "fitted"}, ("router_init is fitted", "--calibrate")),
         ({"method": "copy", "router_init": "neurons"}, ("router_init neurons", "method copy", "split and cmoe")),
-        ({"method": "split", "num_experts": 7}, ("96", "7")),
+        ({"method": "split", "num_experts": 7}, ("96 is not a multiple of num_experts 7", "method split")),
+        (
+            {"method": "split", "num_experts": 7, "shared": "partition"},
+            ("96, less 48 of the shared expert, is not a multiple of num_experts 7",),
+        ),
     ],
     ids=str,
 )

@@ -46,6 +46,8 @@ REFUSED: dict[tuple[str, str, str], tuple[str, ...]] = {
     ("llama", "deepseek_v3", "sigmoid"): ("latents", "glm4_moe"),
     ("llama", "gemma", "E4G4T4"): ("not a mixture of experts", "mixtral, qwen2_moe, qwen3_moe, glm4_moe"),
     ("gemma", "hf", "E4G4T4"): ("MixtralForCausalLM: layernorm_zero_centered_gamma", "GraniteMoeForCausalLM: "),
+    ("llama_biased", "mcore", "E4G4T4"): ("no class computes", "Qwen2MoeForCausalLM: add_proj_bias"),
+    ("phi3_long", "hf", "E4G4T4"): ("MixtralForCausalLM: ", "can: --to glm4_moe with --router sigmoid"),
     ("olmo2", "mcore", "sigmoid"): ("Glm4MoeForCausalLM: ", "NemotronMoeOfMegatronOnly: normalization"),
     ("granite", "hf", "shared partition"): ("GraniteMoeForCausalLM: moe_shared_expert",),
 }
@@ -90,6 +92,10 @@ def test_notes_offer_the_class_with_an_fp32_router(tiny_folder: TinyFolders) -> 
     )
     copies = upcycled(open_model(tiny_folder("llama")), spec_of(EXACT["copy E8G1T2"])).notes
     assert not any("0.2-0.4 %" in note for note in copies)
+    for one_group in ({"num_experts": 4, "topk": 2, "method": "split"}, EXACT["E1G4T4"]):
+        mixture = upcycled(open_model(tiny_folder("llama")), spec_of(one_group))
+        assert mixture.family.name == "mixtral"
+        assert not any("0.2-0.4 %" in note for note in mixture.notes)
     nemotron = upcycled(open_model(tiny_folder("nemotron")), spec_of(EXACT["E4G4T4"])).notes
     assert any("Megatron alone" in note for note in nemotron)
     for kind, is_told in (("sigmoid, groups E4G4T8", True), ("sigmoid, groups", False), ("sigmoid", False)):
