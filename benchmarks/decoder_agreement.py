@@ -38,7 +38,6 @@ from typing import Any
 
 import torch
 import transformers
-from decoder_sides import FAULTS, Fault, Outcome, Subject, ours, theirs
 from measuring import command_line, machine_in_words, versions
 from small_model import save_small_model
 from torch import Tensor
@@ -47,6 +46,7 @@ from ckptbridge.converters.model import open_model
 from ckptbridge.kernels.backend import BACKENDS, Backend, choose_backend
 from ckptbridge.trainer.tokens import load_tokenizer
 from tests.tiny import EVERY, VOCAB_SIZE, save_tiny
+from tests.trainer.decoder_sides import FAULTS, Fault, Outcome, Subject, ours, theirs
 
 FP32_ALLOWED = 1e-5
 SPREAD_ALLOWED = 2.0
