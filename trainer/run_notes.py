@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckptbridge.converters.model_config import ModelConfig
-from ckptbridge.trainer.recipe import KernelsSection, Recipe
+from ckptbridge.trainer.recipe import KernelsSection, MoeSection, Recipe
 from ckptbridge.trainer.tokens import Tokens
 
 
@@ -12,7 +12,12 @@ def notes_of(recipe: Recipe, config: ModelConfig, tokens: Tokens | None = None) 
 
     `config` is that of the model that is trained.
     """
-    found = [None if tokens is None else tokens.note, _length(recipe, config), _balance(recipe, config)]
+    found = [
+        None if tokens is None else tokens.note,
+        _length(recipe, config),
+        _balance(recipe, config),
+        _without_experts(recipe, config),
+    ]
     return [note for note in found if note is not None]
 
 
@@ -35,6 +40,13 @@ def _length(recipe: Recipe, config: ModelConfig) -> str | None:
         f"positions that it was not made for, and the exported config.json goes on to say {longest}. If the result is "
         f"to be used at {length}, change it there; else lower data.sequence_length."
     )
+
+
+def _without_experts(recipe: Recipe, config: ModelConfig) -> str | None:
+    asked = [f"moe.{key}" for key, value in recipe.moe if value and value != MoeSection.model_fields[key].default]
+    if config.num_moe_experts is not None or not asked:
+        return None
+    return f"{', '.join(asked)}: without effect, for the model has no experts."
 
 
 def _balance(recipe: Recipe, config: ModelConfig) -> str | None:

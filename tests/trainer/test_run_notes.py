@@ -38,6 +38,14 @@ def test_positions_beyond_the_models_own_are_told(tiny_folder: TinyFolders) -> N
     assert notes_of(recipe("data.sequence_length=129"), replace(config, max_position_embeddings=129)) == []
 
 
+def test_settings_of_mixtures_are_told_of_a_dense_model(tiny_folder: TinyFolders) -> None:
+    mixture, dense = (open_model(tiny_folder(name)).config for name in ("mixtral", "llama"))
+    asked = recipe("moe.capacity_factor=1.5", "moe.drop_policy=position", "moe.aux_loss_coeff=0")
+    (note,) = notes_of(asked, dense)
+    assert note == "moe.capacity_factor, moe.drop_policy: without effect, for the model has no experts."
+    assert not any("without effect" in told for told in notes_of(asked, mixture))
+
+
 @pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
 def test_a_mixture_that_nothing_balances_is_told(name: str, tiny_folder: TinyFolders) -> None:
     config = replace(open_model(tiny_folder(name)).config, moe_aux_loss_coeff=0.0)
