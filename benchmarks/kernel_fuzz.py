@@ -5,7 +5,8 @@
 
 A case is drawn from its number: ragged rows, experts that nobody chose, one that takes all, sizes beside powers of two,
 addresses that no wide load may touch, random launch knobs of the grouped products. Memory that a kernel has to write is
-poisoned before, and bounds are those of the tests (tests/kernels). Exits with 1 if a case is off, and names it.
+poisoned before, and bounds are those of the tests (tests/kernels). Interpreted, each access is checked as well: none
+outside a launch's tensors, no race between programs. Exits with 1 if a case is off, and names it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from measuring import command_line, machine_in_words, versions
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported, which decides how they run
 
+from tests.kernels.checked_memory import check_memory
 from tests.kernels.drawn import DRAWN, drawn
 
 MOST_FAILURES = 20
@@ -59,6 +61,8 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="overflow encountered in exp")  # numpy's word on exp(88) in fp32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        check_memory()
     result: dict[str, Any] = {
         **versions(),
         "command": command_line("kernel_fuzz.py"),
