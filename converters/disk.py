@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -34,7 +35,8 @@ _EXCHANGE = 2
 def take_name(partial: Path, target: Path) -> None:
     """Give a finished folder its name; one that it replaces is removed after that. Raises OSError.
 
-    On Linux the two change places in one step; elsewhere the old one is set aside as `.replaced` first.
+    On Linux the two change places in one step; elsewhere the old one is set aside as `.replaced` first, or by a name
+    with a number behind that where somebody has it.
     """
     if not target.exists():
         partial.rename(target)
@@ -48,8 +50,8 @@ def take_name(partial: Path, target: Path) -> None:
         swapped = False
     old = partial
     if not swapped:
-        old = target.with_name(target.name + ".replaced")
-        shutil.rmtree(old, ignore_errors=True)
+        names = (target.with_name(f"{target.name}.replaced{number or ''}") for number in itertools.count())
+        old = next(path for path in names if not path.exists())
         target.rename(old)
         partial.rename(target)
     sync_folder(target.parent)
@@ -89,10 +91,11 @@ def write_exactly(descriptor: int, offset: int, data: memoryview | bytes) -> Non
 
 def disk_message(path: Path, error: OSError) -> str:
     """What to tell of a failed write, with the folder where the work so far lies."""
-    partial = next((p for p in (path, *path.parents) if p.name.endswith(PARTIAL_SUFFIX)), path.parent)
+    partial = next((p for p in (path, *path.parents) if p.name.endswith(PARTIAL_SUFFIX)), None)
+    left = f". What was written lies in {partial}" if partial else ""
     if error.errno == errno.ENOSPC:
         return (
-            f"{path}: the disk is full. What was written lies in {partial}: free some space and run again; conversions "
-            "continue with --resume, a training run of the same recipe by itself"
+            f"{path}: the disk is full{left}: free some space and run again; conversions continue with --resume, a "
+            "training run of the same recipe by itself"
         )
-    return f"{path}: cannot be written: {error.strerror}. What was written lies in {partial}"
+    return f"{path}: cannot be written: {error.strerror}{left}"

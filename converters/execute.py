@@ -7,7 +7,6 @@ of its files are finished. The journal is bound to the plan: it is refused when 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -15,30 +14,26 @@ from pathlib import Path
 
 from ckptbridge.converters.announced import refuse_announced
 from ckptbridge.converters.byte_sizes import size_in_words
+from ckptbridge.converters.claim import claimed
 from ckptbridge.converters.convert import ConversionPlan
 from ckptbridge.converters.copying import Copier, Progress, sum_nbytes
 from ckptbridge.converters.direct import DirectWriter, is_worth_it
-from ckptbridge.converters.disk import PARTIAL_SUFFIX, disk_message, sync_folder, take_name, write_file
+from ckptbridge.converters.disk import disk_message, sync_folder, take_name, write_file
 from ckptbridge.converters.errors import BadInputError, StorageError
 from ckptbridge.converters.finishing import Finisher
-from ckptbridge.converters.hf_folder import INDEX, SINGLE
 from ckptbridge.converters.journal import FINISHED, Journal, Record, journal_file, journal_files, read_journal
 from ckptbridge.converters.mcore.legacy.replicas import check_replicas
-from ckptbridge.converters.mcore.torch_dist_reader import TRACKER
 from ckptbridge.converters.output import OutputFile
 from ckptbridge.converters.ranks import Fellows, split_by_nbytes
-from ckptbridge.converters.receipt import RECEIPT_NAME, Receipt, read_receipt
+from ckptbridge.converters.receipt import Receipt, read_receipt
+from ckptbridge.converters.source_files import state_of_files
+from ckptbridge.converters.target import check_receipt, check_target, is_complete, is_whole, partial_folder, receipt_in
 from ckptbridge.converters.tasks import MOST_FILES, bundles_of
 from ckptbridge.converters.witness import Witness
 
 _COPIED, _COUNTED, _READ, _DONE = 1, 2, 3, 4
 """How far a rank is: its files are written; it knows what nobody has read whole; its share of that has digests; the
 folder has its name."""
-
-
-def partial_folder(target: Path) -> Path:
-    """Where a target is built until it is whole."""
-    return target.with_name(target.name + PARTIAL_SUFFIX)
 
 
 def execute(plan: ConversionPlan, progress: Progress | None = None) -> Receipt:
@@ -48,12 +43,13 @@ def execute(plan: ConversionPlan, progress: Progress | None = None) -> Receipt:
     With `plan.options.resume` a target that this plan has finished is left as it is. Raises BadInputError when the
     target exists or an input turns out broken, StorageError when the disk or another rank fails.
     """
-    if (finished := _finished(plan)) is not None:
-        return finished
     partial = partial_folder(plan.target)
     try:
-        with Fellows(plan.options.rank, plan.target) as fellows:
-            return _execute(plan, partial, fellows, progress)
+        with claimed(plan.target, plan.options.rank):
+            if plan.options.resume and (receipt := _finished(plan, partial)) is not None:
+                return receipt
+            with Fellows(plan.options.rank, plan.target) as fellows:
+                return _execute(plan, partial, fellows, progress)
     except OSError as error:
         raise StorageError(disk_message(Path(error.filename or partial), error)) from error
 
@@ -68,7 +64,7 @@ def _execute(plan: ConversionPlan, partial: Path, fellows: Fellows, progress: Pr
             check_replicas(model.saved, model.family, model.config)
         record = _prepare(plan, partial, fingerprint, journal)
         if plan.source.remote is not None:
-            plan.source.remote.progress.prepare(fingerprint, [f.name for f in plan.files if _is_whole(partial, f)])
+            plan.source.remote.progress.prepare(fingerprint, [f.name for f in plan.files if is_whole(partial, f)])
         _check_space(plan, partial)
         shares = _shares(plan, record)
         fellows.share({"plan": fingerprint, "files": shares, "known": sorted(record.sources)})
@@ -86,7 +82,7 @@ def _execute(plan: ConversionPlan, partial: Path, fellows: Fellows, progress: Pr
     witness = Witness(sources, refuse=plan.options.check_finite)
     _write_files(plan, partial, set(share), journal, witness, progress)
     fellows.reach(_COPIED, "waiting for it to write its files")
-    found = _told(plan).sources
+    found = _told(plan, fingerprint).sources
     missing = [name for name in plan.source.sources if name not in found]
     # All count from the same journals: a rank that went on to add to its own would leave others a shorter list.
     fellows.reach(_COUNTED, "waiting for it to count what is left to read")
@@ -103,18 +99,14 @@ def _execute(plan: ConversionPlan, partial: Path, fellows: Fellows, progress: Pr
     return receipt
 
 
-def _finished(plan: ConversionPlan) -> Receipt | None:
-    """The receipt of a target that an earlier run of this plan completed, where the run is to be resumed."""
-    receipt = plan.options.receipt or plan.target / RECEIPT_NAME
-    if not (plan.options.resume and plan.target.is_dir() and receipt.is_file()):
-        return None
-    found = read_receipt(receipt)
-    return found if found.plan == plan_fingerprint(plan) else None
-
-
 def _finish(plan: ConversionPlan, partial: Path, journal: Journal, fingerprint: str) -> Receipt:
     """Write what lies beside the tensors, and give the folder its name."""
-    receipt = _receipt(plan, _told(plan), fingerprint)
+    if plan_fingerprint(plan) != fingerprint:
+        raise BadInputError(
+            f"{plan.source.path}: the source changed while it was read, so what was written is of no one state of it; "
+            f"run again with --overwrite, or remove {partial}"
+        )
+    receipt = _receipt(plan, _told(plan, fingerprint), fingerprint)
     for source, name in plan.copies:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(partial / name, _copied(source))
@@ -123,24 +115,51 @@ def _finish(plan: ConversionPlan, partial: Path, journal: Journal, fingerprint: 
         write_file(partial / name, data)
     for name, made in plan.reports:
         write_file(partial / name, made())
-    write_file(plan.options.receipt or partial / RECEIPT_NAME, receipt.to_json().encode())
+    if (inside := receipt_in(plan, partial)) is not None:
+        inside.parent.mkdir(parents=True, exist_ok=True)
+        write_file(inside, receipt.to_json().encode())
     for folder in (*{(partial / file.name).parent for file in plan.files}, partial):
         sync_folder(folder)
-    for other in journal_files(plan.target)[1:]:
-        other.unlink()
+    _remove_other_journals(plan, journal)
     journal.begin(FINISHED)
+    _take_name(plan, partial, journal)
+    if inside is None and plan.options.receipt is not None:
+        write_file(plan.options.receipt, receipt.to_json().encode())
+    return receipt
+
+
+def _take_name(plan: ConversionPlan, partial: Path, journal: Journal) -> None:
+    check_target(plan)  # once more: what came there meanwhile is not ours to remove
     take_name(partial, plan.target)
     if plan.source.remote is not None:
         plan.source.remote.remove()
     journal.path.unlink()
-    return receipt
+
+
+def _finished(plan: ConversionPlan, partial: Path) -> Receipt | None:
+    """The receipt of a target that an earlier run of this plan completed but for its name, perhaps; None if none did.
+
+    Only the receipt in the folder tells: one elsewhere may be of another folder by now.
+    """
+    journal = Journal(journal_file(plan.target))
+    is_built = journal.path.exists() and read_journal(journal.path)[0] == FINISHED
+    for folder in (plan.target, *([partial] if is_built and plan.options.rank.world_size == 1 else [])):
+        file = receipt_in(plan, folder)
+        if file is None or not file.is_file() or not is_complete(plan, folder):
+            continue
+        receipt = read_receipt(file)
+        if receipt.plan != plan_fingerprint(plan):
+            continue
+        if folder == partial:
+            _take_name(plan, partial, journal)
+        return receipt
+    return None
 
 
 def _prepare(plan: ConversionPlan, partial: Path, fingerprint: str, journal: Journal) -> Record:
     """Make the partial folder with its journal, or find the one to resume; returns what is done already."""
-    _check_target(plan)
-    _check_receipt(plan)
-    journals = journal_files(plan.target) if partial.exists() else []
+    check_target(plan)
+    check_receipt(plan)
     if partial.exists() and any(partial.iterdir()):
         if not journal.path.exists():
             raise BadInputError(
@@ -159,9 +178,7 @@ def _prepare(plan: ConversionPlan, partial: Path, fingerprint: str, journal: Jou
                 f"{partial}: an earlier run did not finish; continue it with --resume, or begin anew with --overwrite"
             )
     shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    for other in journals[1:]:
-        other.unlink()
+    _remove_other_journals(plan, journal)
     journal.begin(fingerprint)
     partial.mkdir()
     return Record()
@@ -170,7 +187,7 @@ def _prepare(plan: ConversionPlan, partial: Path, fingerprint: str, journal: Jou
 def _resumed(plan: ConversionPlan, partial: Path, fingerprint: str, journal: Journal) -> Record:
     """What all journals of the earlier run tell, as far as the files are still whole; kept in one journal."""
     record = _told(plan, fingerprint)
-    names = {file.name: {piece.name for piece in file.pieces} for file in plan.files if _is_whole(partial, file)}
+    names = {file.name: {piece.name for piece in file.pieces} for file in plan.files if is_whole(partial, file)}
     record.files = {name: digests for name, digests in record.files.items() if names.get(name) == digests.keys()}
     if plan.options.check_finite and record.bad:
         name, found = next(iter(record.bad.items()))
@@ -178,50 +195,25 @@ def _resumed(plan: ConversionPlan, partial: Path, fingerprint: str, journal: Jou
             f"{plan.source.path}: tensor {name!r} holds {found}; --check-finite asks that every weight is finite"
         )
     journal.begin(fingerprint, record)
-    for other in journal_files(plan.target)[1:]:
-        other.unlink()
+    _remove_other_journals(plan, journal)
     return record
 
 
-def _is_whole(partial: Path, file: OutputFile) -> bool:
-    """Whether a file has its size; a journal tells whether it is filled."""
-    path = partial / file.name
-    return path.is_file() and path.stat().st_size == file.size
+def _remove_other_journals(plan: ConversionPlan, journal: Journal) -> None:
+    """Those of ranks of an earlier run: nobody is to believe them again."""
+    for other in journal_files(plan.target):
+        if other != journal.path:
+            other.unlink()
 
 
-def _told(plan: ConversionPlan, fingerprint: str | None = None) -> Record:
-    """What the journals of all ranks tell together; with a fingerprint, those of other plans are left out."""
+def _told(plan: ConversionPlan, fingerprint: str) -> Record:
+    """What the journals of all ranks of this plan tell together."""
     record = Record()
     for path in journal_files(plan.target):
         begun, told = read_journal(path)
-        if fingerprint is None or begun == fingerprint:
+        if begun == fingerprint:
             record.add(told)
     return record
-
-
-def _check_target(plan: ConversionPlan) -> None:
-    target = plan.target
-    if not target.exists():
-        return
-    if not plan.options.overwrite:
-        raise BadInputError(f"{target}: already exists; name another folder, or replace it with --overwrite")
-    if not target.is_dir() or not is_checkpoint(target):
-        raise BadInputError(f"{target}: is no checkpoint, so --overwrite does not replace it; name another folder")
-    sources = [model.path.resolve() for model in plan.source.opened]
-    if any(target.resolve() in (source, *source.parents) for source in sources):
-        raise BadInputError(f"{target}: is the source itself, which --overwrite would destroy; name another folder")
-
-
-def _check_receipt(plan: ConversionPlan) -> None:
-    """A receipt of its own name is written last: what stands in its way is told first."""
-    receipt = plan.options.receipt
-    if receipt is None:
-        return
-    if not receipt.parent.is_dir():
-        raise BadInputError(f"--receipt {receipt}: there is no folder {receipt.parent}; make it, or name another file")
-    if receipt.is_dir() or not os.access(receipt.parent, os.W_OK):
-        why = "is a folder" if receipt.is_dir() else f"{receipt.parent} cannot be written to"
-        raise BadInputError(f"--receipt {receipt}: {why}; name another file")
 
 
 def _copied(source: Path) -> bytes:
@@ -232,12 +224,6 @@ def _copied(source: Path) -> bytes:
             f"{source}: cannot be read: {error.strerror}; nothing that was written is lost: let it be read, and run "
             "again with --resume"
         ) from error
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is empty or holds what a checkpoint has, so that a new one may replace it."""
-    marks = (RECEIPT_NAME, TRACKER, "config.json", SINGLE, INDEX, "metadata.json")
-    return not any(folder.iterdir()) or any((folder / mark).exists() for mark in marks)
 
 
 def _check_space(plan: ConversionPlan, partial: Path) -> None:
@@ -315,7 +301,7 @@ def _receipt(plan: ConversionPlan, told: Record, fingerprint: str) -> Receipt:
     if absent := [file.name for file in plan.files if file.name not in told.files]:
         raise StorageError(f"{plan.target}: {', '.join(absent[:4])} of the output were not written")
     return Receipt(
-        source=str(plan.source.path),
+        source=str(plan.source.path.resolve() if plan.source.path.exists() else plan.source.path),
         source_format=plan.source.format,
         target_format=plan.to,
         family=plan.source.family.name,
@@ -339,18 +325,14 @@ def _finite_notes(told: Record) -> Sequence[str]:
 
 def plan_fingerprint(plan: ConversionPlan) -> str:
     """A digest of what will be written from what: the same plan of the same files has the same one."""
-    text = hashlib.sha256(plan.source.derivation.encode())
+    digest = hashlib.sha256(f"{plan.to}\n{plan.source.derivation}\n".encode())
     for file in plan.files:
-        text.update(f"{file.name}:{file.size}".encode())
+        digest.update(f"\nfile {file.name}:{file.size}\n".encode())
         for piece in file.pieces:
-            text.update(f"{piece.name}@{piece.offset}:{piece.tensor.shape}:{piece.tensor.dtype}".encode())
-    for name, data in plan.small:
-        text.update(name.encode() + data)
-    for path, name in plan.copies:
-        text.update(name.encode() + _copied(path))
-    ours = str(partial_folder(plan.target))  # and what lies beside it: journals, the ranks' own files
-    for path in sorted(p for model in plan.source.opened for p in model.path.rglob("*") if p.is_file()):
-        if plan.target not in (path, *path.parents) and not str(path).startswith(ours):
-            stat = path.stat()
-            text.update(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}".encode())
-    return text.hexdigest()
+            digest.update(f"{piece.name}@{piece.offset}:{piece.tensor.shape}:{piece.tensor.dtype}\n".encode())
+        for offset, data in file.patches:  # headers, pickles, arguments
+            digest.update(f"{len(data)} at {offset}:".encode() + data)
+    for name, data in (*plan.small, *((name, _copied(path)) for path, name in plan.copies)):
+        digest.update(f"\n{name}:{len(data)}:".encode() + data)
+    digest.update(state_of_files(plan).encode())
+    return digest.hexdigest()

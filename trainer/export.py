@@ -9,9 +9,10 @@ import torch
 
 from ckptbridge.converters.convert import ConversionPlan, ConvertOptions, plan_conversion
 from ckptbridge.converters.errors import BadInputError
-from ckptbridge.converters.execute import execute, is_checkpoint, partial_folder
+from ckptbridge.converters.execute import execute
 from ckptbridge.converters.journal import journal_file
 from ckptbridge.converters.model import Model, expert_tensors
+from ckptbridge.converters.target import is_checkpoint, partial_folder
 from ckptbridge.converters.tensors import InMemory
 from ckptbridge.trainer.decoder import Decoder
 

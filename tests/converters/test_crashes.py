@@ -100,7 +100,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_work(
     told = run_module("tests.converters.full_disk", tiny_folder(name), disk, "at once", 100_000, prefix=prefix)
     assert (told["error"], told["exit_code"], told["target"]) == ("StorageError", 4, False), told["text"]
     assert str(disk) in told["text"]
-    assert "GB" in told["text"]
+    assert "MB are needed" in told["text"]
 
 
 def test_a_file_that_may_not_grow_ends_in_exit_code_4(tiny_folder: TinyFolders, tmp_path: Path) -> None:

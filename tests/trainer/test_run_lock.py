@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from ckptbridge.converters.errors import BadInputError
-from ckptbridge.trainer.run_lock import LOCK_NAME, lock, only_one
+from ckptbridge.converters.file_lock import lock
+from ckptbridge.trainer.run_lock import LOCK_NAME, only_one
 from tests.trainer.tiny_runs import recipe_values, run, save_model
 
 
