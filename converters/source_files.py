@@ -8,9 +8,7 @@ from pathlib import Path
 from ckptbridge.converters.convert import ConversionPlan
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.model import Model
-from ckptbridge.converters.tensors import InMemory
-
-_OF_CHECKPOINTS = frozenset((".safetensors", ".bin", ".pt", ".distcp", ".gguf", ".json", ".metadata"))
+from ckptbridge.converters.tasks import leaves
 
 
 def files_read(plan: ConversionPlan) -> list[Path]:
@@ -38,12 +36,6 @@ def _files_of(model: Model) -> Iterator[Path]:
     if model.hf_config_file is not None:
         yield model.hf_config_file
     yield from model.assets
-    is_told = True
     for tensor in model.sources.values():
-        extents = tensor.extents()
-        if extents is not None:
-            yield from {extent.path for extent in extents if extent.path is not None}
-        elif not isinstance(tensor, InMemory):
-            is_told = False
-    if not is_told:  # of some tensors only those who read them know where they lie
-        yield from (p for p in model.path.rglob("*") if p.suffix in _OF_CHECKPOINTS or p.name in _OF_CHECKPOINTS)
+        for leaf in leaves(tensor):
+            yield from {extent.path for extent in leaf.extents() or () if extent.path is not None}

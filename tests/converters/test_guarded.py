@@ -23,6 +23,7 @@ from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.converters.ranks import Rank
 from ckptbridge.converters.receipt import RECEIPT_NAME, read_receipt
 from ckptbridge.converters.recheck import recheck
+from ckptbridge.converters.source_files import files_read
 from ckptbridge.converters.target import partial_folder
 from tests.conftest import TinyFolders
 from tests.converters.crashing import digests
@@ -200,6 +201,21 @@ def test_what_stands_beside_tensors_belongs_to_the_plan(tiny_folder: TinyFolders
     (offset, data), *others = plan.files[0].patches
     object.__setattr__(plan.files[0], "patches", ((offset, bytes([data[0] ^ 1]) + data[1:]), *others))
     assert plan_fingerprint(plan) != print_of()
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("to", ["hf", "torch_dist", "torch"])
+def test_every_file_with_tensors_is_among_those_that_are_read(
+    name: str, to: str, tiny_folder: TinyFolders, tmp_path: Path
+) -> None:
+    folder = tiny_folder(name)
+    if to != "hf":
+        execute(planned(folder, tmp_path / "saved", to))
+        folder = tmp_path / "saved"
+    found = set(files_read(planned(folder, tmp_path / "target", "hf" if to != "hf" else "torch_dist")))
+    suffixes = (".safetensors", ".distcp") if to != "torch" else (".pt",)
+    assert {path for path in folder.rglob("*") if path.suffix in suffixes and path.name != "common.pt"} <= found
+    assert folder / ("config.json" if to == "hf" else "hf/config.json") in found
 
 
 # ---- what is finished -----------------------------------------------------------------------------------------------
