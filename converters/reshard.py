@@ -40,6 +40,7 @@ from ckptbridge.converters.mcore.optimizer.settings import (
     OptimizerKind,
     OptimizerSettings,
     experts_are_apart,
+    is_undecayed,
 )
 from ckptbridge.converters.mcore.optimizer.state import Optimizer, main_weights, open_optimizer
 from ckptbridge.converters.mcore.optimizer.torch_dist import SHARDING, common_optimizer
@@ -182,7 +183,7 @@ def _weights(source: Model, held: Optimizer | None, dtype: torch.dtype | None) -
     """The weights in the dtype that is asked for; in fp32 they are the optimizer's main weights, where it has them."""
     mains = held.states.get("param") if held is not None else None
     if dtype == torch.float32 and mains is not None:
-        return mains
+        return {**cast_all(source.tensors, dtype), **mains}
     return cast_all(source.tensors, dtype)
 
 
@@ -212,7 +213,10 @@ def _add_to_torch_dist(
 def _for_layout(settings: OptimizerSettings, source: Model, options: ConvertOptions) -> OptimizerSettings:
     has_experts = source.config.num_moe_experts is not None
     apart = experts_are_apart(options.layout, has_experts=has_experts, target_mcore=options.target_mcore)
-    return settings.split(experts_apart=apart)
+    experts = (move for move in source.family.moves(source.config) if move.expert is not None)
+    return settings.split(
+        experts_apart=apart, has_undecayed_experts=any(is_undecayed(m.name, m.shape) for m in experts)
+    )
 
 
 def _bucket_note(args: Namespace, data_parallel_size: int) -> str:

@@ -22,12 +22,13 @@ from ckptbridge.converters.errors import BadInputError, StorageError
 from ckptbridge.converters.mapping import Move, check_names_and_shapes
 from ckptbridge.converters.mcore.keys import decoder_name
 from ckptbridge.converters.mcore.megatron_folder import OPTIMIZER_STATES
+from ckptbridge.converters.mcore.optimizer.untrained import has_optimizer_state
 from ckptbridge.converters.mcore.torch_dist_reader import TRACKER, iteration_folder, open_torch_dist
 from ckptbridge.converters.mcore.torch_dist_writer import TorchDistWriter
 from ckptbridge.converters.model import HF_SIDE_FOLDER, Model, decoder_tensors, expert_tensors, open_model
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.parallel_layout import ParallelLayout
-from ckptbridge.converters.tensors import Checkpoint, InMemory, cast
+from ckptbridge.converters.tensors import Checkpoint, InMemory, LazyTensor, Zeros, cast
 
 _OWN = frozenset(("args", "checkpoint_version", "content_metadata", "iteration", "ckptbridge"))
 
@@ -53,7 +54,8 @@ def save_training_checkpoint(
 ) -> Path:
     """Write `root/iter_0000123`, then point the tracker at it. Returns the folder.
 
-    `weights` and each of `optimizer`'s states are by decoder name (experts stacked); states are written in fp32.
+    `weights` and each of `optimizer`'s states are by decoder name (experts stacked); states are written in fp32, but
+    for those of expert biases: the weight is written, and Megatron keeps no state of it.
     `common` holds plain Python values. The folder takes its name when it is whole: a killed save leaves
     `iter_*.partial` only.
     Raises StorageError when the disk fails, BadInputError when the tensors do not fit the model's config.
@@ -79,7 +81,8 @@ def save_training_checkpoint(
         held = {name: InMemory(tensor) for name, tensor in tensors.items()}
         if state:  # moments that are kept in bf16 lose nothing, and who resumes need not know of them
             held = {name: cast(tensor, torch.float32) for name, tensor in held.items()}
-        writer.add_model(expert_tensors(held, model.family, model.config), state)
+        parameters = expert_tensors(held, model.family, model.config)
+        writer.add_model({n: t for n, t in parameters.items() if not state or has_optimizer_state(n)}, state)
     args = writer.args()
     args.iteration = iteration
     plan = writer.plan(
@@ -136,10 +139,22 @@ def load_training_checkpoint(path: Path) -> TrainingCheckpoint:
     folder = open_torch_dist(iteration_folder(path))
     optimizer: dict[str, Checkpoint] = {}
     for state in folder.states():
-        optimizer[state] = decoder_tensors(folder.parameters(model.family, model.config, state), model.config)
+        held = folder.parameters(model.family, model.config, state)
+        optimizer[state] = decoder_tensors(_completed(held, model, state), model.config)
     return TrainingCheckpoint(
         model=model,
         optimizer=optimizer,
         common={key: value for key, value in folder.common.items() if key not in _OWN},
         iteration=model.iteration,
     )
+
+
+def _completed(held: Checkpoint, model: Model, state: str) -> Checkpoint:
+    """One state of every weight: what has none in the file is its own main weight, and its moments are zero."""
+    return {
+        name: held[name] if name in held else _without_state(weight, state) for name, weight in model.tensors.items()
+    }
+
+
+def _without_state(weight: LazyTensor, state: str) -> LazyTensor:
+    return cast(weight, torch.float32) if state == "param" else Zeros(weight.shape, torch.float32)

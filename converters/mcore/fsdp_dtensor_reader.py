@@ -24,6 +24,7 @@ from ckptbridge.converters.layout import GATED
 from ckptbridge.converters.mapping import Family, Move
 from ckptbridge.converters.mcore.legacy.names import spelled
 from ckptbridge.converters.mcore.megatron_folder import OPTIMIZER_STATES
+from ckptbridge.converters.mcore.optimizer.untrained import has_optimizer_state
 from ckptbridge.converters.mcore.parameters import padding_multiple
 from ckptbridge.converters.mcore.torch_dist_reader import TorchDistFolder, open_distributed
 from ckptbridge.converters.model_config import ModelConfig
@@ -76,11 +77,14 @@ class FsdpDtensorFolder:
             if parameter is None:
                 unexpected.append(key)
                 continue
+            if state and not has_optimizer_state(parameter):
+                continue
             held, part = found.setdefault(parameter, {}), half[2] if half else ""
             if part in held:
                 raise BadInputError(f"{self.path}: {held[part]} and {key} are both {parameter}")
             held[part] = key
-        missing = [name for name in moves if name not in found]
+        wanted = [name for name in moves if not state or has_optimizer_state(name)]
+        missing = [name for name in wanted if name not in found]
         tensors: dict[str, LazyTensor] = {}
         wrong: list[str] = []
         for name, held in found.items():
@@ -96,7 +100,7 @@ class FsdpDtensorFolder:
             lines += [f"  {len(missing)} missing: {', '.join(folded(missing)[:12])}"] if missing else []
             lines += [f"  {len(unexpected)} unexpected: {', '.join(folded(unexpected)[:12])}"] if unexpected else []
             raise BadInputError("\n".join([*lines, *wrong[:12]]))
-        return {name: tensors[name] for name in moves}
+        return {name: tensors[name] for name in wanted}
 
     def sources(self) -> Checkpoint:
         """The weights' chunks as the files hold them, named key@offsets."""

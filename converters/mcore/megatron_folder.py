@@ -43,6 +43,7 @@ class MegatronFolder(Protocol):
     def parameters(self, family: Family, config: ModelConfig, state: str = "") -> dict[str, LazyTensor]:
         """One state of every parameter, unsplit, by name with layer and expert numbers, vocabulary without padding.
 
+        Of the optimizer's states, those of parameters that Megatron trains: an expert_bias has none.
         Raises BadInputError that lists everything missing and unexpected and every shape that the config contradicts.
         """
         ...

@@ -14,6 +14,7 @@ from ckptbridge.converters.fold import folded
 from ckptbridge.converters.mapping import Family
 from ckptbridge.converters.mcore.keys import Address, address_of
 from ckptbridge.converters.mcore.optimizer.cells import from_grid, is_grid
+from ckptbridge.converters.mcore.optimizer.untrained import has_optimizer_state
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.tensors import LazyTensor, rows
 
@@ -44,6 +45,7 @@ def parameters_of(
 ) -> dict[str, LazyTensor]:
     """One state of every parameter by name, one a layer and expert; the vocabulary without its padding.
 
+    Of the optimizer's states, those of parameters that Megatron trains; what a file holds of others is passed over.
     Raises BadInputError that lists every missing and unexpected key and every shape that the config contradicts.
     """
     stored = keys_of_state(folder.tensors, state)
@@ -57,6 +59,9 @@ def parameters_of(
     tensors: dict[str, LazyTensor] = {}
     for move in family.moves(config):
         address = _spelled(address_of(move.name, config, per_layer_keys=per_layer), keys)
+        if state and not has_optimizer_state(move.name):
+            used.add(address.key)
+            continue
         if address.key not in keys:
             missing.append(move.name)
             continue

@@ -32,6 +32,14 @@ SOURCES: dict[str, Source] = {
     "moe plain": Source(model="qwen3_moe_dense_first", layout=Layout(ep=2), distributed=False),
     "moe buckets": Source(model="qwen3_moe", layout=Layout(tp=2, ep=2), distributed=True, bucket_size=BUCKET),
     "moe fp32": Source(model="qwen3_moe", layout=Layout(ep=2), distributed=True, dtype="float32"),
+    # A router's expert_bias is a buffer: no optimizer holds a state of it.
+    "bias": Source(model="glm4_moe_air", layout=Layout(tp=2, ep=2), distributed=True),
+    "bias plain": Source(model="glm4_moe_air", layout=Layout(ep=2), distributed=False),
+    "bias fp32": Source(model="glm4_moe_air", layout=Layout(ep=2), distributed=True, dtype="float32"),
+    # Experts have biases, which are not decayed. megatron-core 0.19.2 trains those under expert parallelism only: it
+    # cuts none, and adds their biases in place where nothing is dealt, which autograd forbids (transformer/mlp.py).
+    "expert biases": Source(model="gpt_oss", layout=Layout(ep=2), distributed=True),
+    "expert biases plain": Source(model="gpt_oss", layout=Layout(tp=2, ep=2), distributed=False),
 }
 
 
@@ -43,6 +51,8 @@ class Reshard:
     read: str
     written: str
     layout: Layout
+    via: Layout | None = None
+    """A layout that it is given first, in the same format."""
     optimizer: OptimizerFormat = "keep"
     distributed: bool | None = None
     """The optimizer that loads it; None: the source's kind."""
@@ -95,6 +105,18 @@ RESHARDS = (
     Reshard(source="moe buckets", read="torch", written="torch_dist", layout=Layout(tp=2, ep=2)),
     Reshard(source="moe fp32", read="torch_dist", written="torch", layout=Layout(ep=4)),
     Reshard(source="moe fp32", read="torch", written="torch_dist", layout=Layout(pp=2)),
+    Reshard(source="bias", read="torch_dist", written="torch_dist", layout=Layout(pp=2, ep=2)),
+    Reshard(source="bias", read="torch", written="torch", layout=Layout(pp=2)),
+    Reshard(
+        source="bias", read="torch_dist", written="torch", layout=Layout(ep=2), optimizer="plain", distributed=False
+    ),
+    Reshard(source="bias plain", read="torch", written="torch_dist", layout=Layout(tp=2, ep=2)),
+    Reshard(source="bias fp32", read="torch_dist", written="torch", layout=Layout(pp=2, ep=2)),
+    Reshard(source="bias fp32", read="torch", written="torch_dist", layout=Layout()),
+    Reshard(source="expert biases", read="torch_dist", written="torch_dist", via=Layout(), layout=Layout(tp=2, ep=2)),
+    Reshard(source="expert biases", read="torch", written="torch", via=Layout(), layout=Layout(ep=4)),
+    Reshard(source="expert biases plain", read="torch_dist", written="torch", via=Layout(), layout=Layout(pp=2, ep=2)),
+    Reshard(source="expert biases plain", read="torch", written="torch_dist", via=Layout(pp=2), layout=Layout(ep=2)),
 )
 IN_CHUNKS = (
     Reshard(source="dense plain", read="torch_dist", written="torch", layout=Layout(tp=2, pp=2), vpp=2),
@@ -103,5 +125,6 @@ IN_CHUNKS = (
     Reshard(
         source="moe buckets", read="torch", written="torch", layout=Layout(tp=2, pp=2, etp=2), bucket_size=BUCKET, vpp=2
     ),
+    Reshard(source="bias", read="torch_dist", written="torch", layout=Layout(tp=2, pp=2, etp=2), vpp=2),
 )
 """Loaded into two model chunks a rank; the layouts' ETP is Megatron's default."""

@@ -24,6 +24,7 @@ from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.converters.receipt import read_receipt
 from ckptbridge.converters.recheck import recheck
 from ckptbridge.converters.reshard import plan_reshard
+from ckptbridge.trainer.megatron.config import transformer_config
 from tests.conftest import TinyFolders
 from tests.megatron.hf_to_megatron import megatron_kwargs
 from tests.megatron.optimizer_cases import IN_CHUNKS, RESHARDS, SOURCES, Reshard, Source
@@ -168,15 +169,28 @@ def everything(tiny_folder: TinyFolders, tmp_path_factory: pytest.TempPathFactor
 
 
 def _training(source: Source, tiny_folder: TinyFolders, saves: dict[str, Path]) -> Training:
-    config = megatron_kwargs(json.loads((tiny_folder(source.model) / "config.json").read_text()))
     return Training(
         layout=source.layout,
-        config=config,
+        config=_config(tiny_folder(source.model)),
         distributed=source.distributed,
         dtype=source.dtype,  # type: ignore[arg-type]
         bucket_size=source.bucket_size,
         saves=saves,
     )
+
+
+def _between(target: Path) -> Path:
+    """Where a checkpoint lies that was given another layout first."""
+    return target.with_name(f"{target.name} between")
+
+
+def _config(hf: Path) -> dict[str, object]:
+    told = json.loads((hf / "config.json").read_text())
+    if told["model_type"] in ("glm4_moe", "gpt_oss"):
+        config = transformer_config(open_model(hf).config, tp=2)
+        kept = {key: value for key, value in config["transformer"].items() if value not in (None, "silu")}
+        return {**config, "transformer": kept}
+    return megatron_kwargs(told)
 
 
 def _resuming(case: Reshard, folder: Path, configs: dict[str, dict[str, object]]) -> Resuming:
@@ -194,6 +208,9 @@ def _resuming(case: Reshard, folder: Path, configs: dict[str, dict[str, object]]
 
 
 def _carry_out(case: Reshard, source: Path, target: Path) -> ConversionPlan:
+    if case.via is not None:
+        _carry_out(replace(case, layout=case.via, via=None), source, _between(target))
+        source = _between(target)
     layout = case.layout
     plan = plan_reshard(
         open_model(source),
@@ -274,8 +291,9 @@ def test_the_receipt_covers_the_optimizer(everything: Everything, number: int) -
     target = everything.resharded[number].plan.target
     receipt = read_receipt(target)
     assert recheck(open_model(target), receipt).passed
-    source = open_model(everything.folders[RESHARDS[number].source, RESHARDS[number].read])
-    again = recheck(source, receipt)
+    case = RESHARDS[number]
+    read = everything.folders[case.source, case.read] if case.via is None else _between(target)
+    again = recheck(open_model(read), receipt)
     assert again.passed
     assert again.side == "source"
 

@@ -15,6 +15,7 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.activations import quick_gelu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -205,13 +206,15 @@ class Run:
             "padded_vocab_size": gpt["vocab_size"],
             "make_vocab_size_divisible_by": 128,
             "max_position_embeddings": gpt["max_sequence_length"],
-            "position_embedding_type": "rope",
+            "position_embedding_type": gpt["position_embedding_type"],
             "add_position_embedding": True,
             "rotary_base": gpt["rotary_base"],
-            "rotary_percent": 1.0,
+            "rotary_percent": gpt["rotary_percent"],
             "untie_embeddings_and_output_weights": not gpt["share_embeddings_and_output_weights"],
             "group_query_attention": True,
-            "swiglu": True,
+            "swiglu": config.activation_func is torch.nn.functional.silu,
+            "quick_geglu": config.activation_func is quick_gelu,
+            **{name: value for name, value in vars(config).items() if name.startswith("yarn_")},
             "num_experts": config.num_moe_experts,
             "world_size": dist.get_world_size(),
             "data_parallel_size": parallel_state.get_data_parallel_world_size(),

@@ -236,14 +236,17 @@ def _layer_slots(dialect: Dialect, stock: Stock, prefix: str, layer: int, expert
 
 
 def _expert_slots(dialect: Dialect, matrices: Sequence[str], prefix: str, whole: str, experts: range) -> Iterator[Slot]:
-    """Grouped experts lie matrix by matrix, sequential ones expert by expert."""
+    """Grouped experts lie module by module, sequential ones expert by expert; an expert's bias behind its matrix.
+
+    So Transformer Engine registers them (2.20, pytorch/module/grouped_linear.py), and flat buffers follow.
+    """
     modules: dict[str, list[str]] = {}
     for matrix in matrices:
         modules.setdefault(matrix.rpartition(".")[0], []).append(matrix)
     if dialect == "te":
         for module, leaves in modules.items():
-            for leaf in leaves:
-                for local, expert in enumerate(experts):
+            for local, expert in enumerate(experts):
+                for leaf in leaves:
                     yield Slot(f"{prefix}{leaf}{local}", f"{whole}{expert}.{leaf}")
             yield Slot(f"{prefix}{module}._extra_state", None)
         return

@@ -27,6 +27,7 @@ from ckptbridge.converters.mcore.optimizer.settings import (
     optimizer_parts,
     read_settings,
 )
+from ckptbridge.converters.mcore.optimizer.untrained import has_optimizer_state
 from ckptbridge.converters.model_config import ModelConfig
 from ckptbridge.converters.pickles import TensorRef
 from ckptbridge.converters.tensors import LazyTensor, Stored
@@ -65,11 +66,12 @@ class LegacyOptimizer:
 def open_legacy_optimizer(
     folder: LegacyFolder, family: Family, config: ModelConfig, kind: OptimizerKind, *, check_order: bool = True
 ) -> LegacyOptimizer:
-    """Every state of every parameter. To check their order the first elements of main weights are read, no more.
+    """Every state of every parameter that is trained.
 
-    Raises BadInputError naming file, place, expected and found when something does not fit the model.
+    To check their order the first elements of main weights are read, no more. Raises BadInputError naming file, place,
+    expected and found when something does not fit the model.
     """
-    parameters = folder.held(family, config)
+    parameters = [held for held in folder.held(family, config) if has_optimizer_state(held.move.name)]
     find = find_plain if kind == "plain" else find_in_buffers
     made = LegacyOptimizer(settings=_settings(folder), states={state: {} for state in OPTIMIZER_STATES})
     found: _Found = {}

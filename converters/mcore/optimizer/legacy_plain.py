@@ -17,7 +17,14 @@ from ckptbridge.converters.mcore.legacy.rank import FILE, LegacyRank
 from ckptbridge.converters.mcore.legacy.reader import Held, LegacyFolder
 from ckptbridge.converters.mcore.megatron_folder import OPTIMIZER_STATES
 from ckptbridge.converters.mcore.optimizer.ranks import Chunk, RankFound, moment_name, parts_of_rank
-from ckptbridge.converters.mcore.optimizer.settings import Group, inner_state, is_decoupled, param_groups, wd_mult
+from ckptbridge.converters.mcore.optimizer.settings import (
+    Group,
+    inner_state,
+    is_decoupled,
+    is_undecayed,
+    param_groups,
+    wd_mult,
+)
 from ckptbridge.converters.pickles import TensorRef
 from ckptbridge.converters.tensors import LazyTensor, Stored
 
@@ -81,7 +88,7 @@ def _members(mine: list[Held], groups: list[Group], folder: LegacyFolder, where:
 def _undecayed(held: Held, decayed_norms: bool) -> bool:
     if decayed_norms and ("q_layernorm." in held.key or "k_layernorm." in held.key):
         return False
-    return len(held.ref.shape) == 1 or held.key.endswith(".bias")
+    return is_undecayed(held.key, held.ref.shape)
 
 
 def _indices(group: Group, where: str) -> list[Any]:

@@ -29,9 +29,11 @@ from ckptbridge.converters.mcore.optimizer.settings import (
     chained,
     distributed_part,
     is_decoupled,
+    is_undecayed,
     plain_part,
     wd_mult,
 )
+from ckptbridge.converters.mcore.optimizer.untrained import has_optimizer_state
 from ckptbridge.converters.output import OutputFile
 from ckptbridge.converters.tensors import Extent, LazyTensor
 
@@ -64,7 +66,10 @@ class OptimizerBeside:
     ) -> tuple[dict[str, Any], list[OutputFile]]:
         """`optimizer` in the rank's model_optim_rng.pt; its distrib_optim.pt, if a rank that reads it needs one."""
         moves = self.moves
-        places = [[_Place(n, s.key, moves[s.name]) for s in chunk if s.name] for n, chunk in enumerate(slots)]
+        places = [
+            [_Place(n, s.key, moves[s.name]) for s in chunk if s.name and has_optimizer_state(s.name)]
+            for n, chunk in enumerate(slots)
+        ]
         optimizer = _RankOptimizer(self, writer, rank, places)
         return {"optimizer": optimizer.item()}, optimizer.files()
 
@@ -75,7 +80,7 @@ class _RankOptimizer:
     writer: LegacyWriter
     rank: FileRank
     places: list[list[_Place]]
-    """The rank's parameters, chunk by chunk, in the order of the modules."""
+    """The parameters that the rank trains, chunk by chunk, in the order of the modules."""
 
     @property
     def _settings(self) -> OptimizerSettings:
@@ -147,7 +152,7 @@ class _RankOptimizer:
     def _group_of(self, place: _Place, groups: Sequence[Group]) -> Group:
         """The group that Megatron puts a parameter in. Raises NotSupportedError when the source has no such group."""
         norm = place.key.endswith(("q_layernorm.weight", "k_layernorm.weight"))
-        undecayed = (len(place.move.shape) == 1 or place.key.endswith(".bias")) and not (
+        undecayed = is_undecayed(place.key, place.move.shape) and not (
             norm and getattr(self.beside.args, "apply_wd_to_qk_layernorm", False)
         )
         decoupled = getattr(self.beside.args, "decoupled_lr", None) is not None and place.move.name in (EMBEDDING, HEAD)

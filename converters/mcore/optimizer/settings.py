@@ -34,11 +34,15 @@ class OptimizerSettings:
     step: int | float | None
     scaler: Any = None
 
-    def split(self, *, experts_apart: bool) -> OptimizerSettings:
-        """The same settings for one optimizer, or for two. Experts are matrices, so they get the decayed group's."""
+    def split(self, *, experts_apart: bool, has_undecayed_experts: bool = False) -> OptimizerSettings:
+        """The same settings for one optimizer, or for two.
+
+        Megatron makes a group for what there is: experts have the decayed one, and that of biases where they have some.
+        """
         if experts_apart == (self.experts is not None):
             return self
-        experts = tuple({**g, "is_expert_parallel": True} for g in self.dense if is_plain_group(g))
+        wanted = (is_plain_group, is_undecayed_group) if has_undecayed_experts else (is_plain_group,)
+        experts = tuple({**g, "is_expert_parallel": True} for g in self.dense if any(is_one(g) for is_one in wanted))
         return OptimizerSettings(
             dense=self.dense, experts=experts if experts_apart else None, step=self.step, scaler=self.scaler
         )
@@ -57,6 +61,16 @@ class OptimizerSettings:
 def is_plain_group(group: Group) -> bool:
     """The group of parameters without anything of their own: decayed, with the run's learning rate."""
     return wd_mult(group) == 1.0 and not is_decoupled(group)
+
+
+def is_undecayed_group(group: Group) -> bool:
+    """The group of norms and biases with the run's learning rate."""
+    return wd_mult(group) == 0.0 and not is_decoupled(group)
+
+
+def is_undecayed(name: str, shape: Sequence[int]) -> bool:
+    """Whether Megatron's rule leaves a parameter undecayed: one with a single axis, or a bias of any shape."""
+    return len(shape) == 1 or name.endswith(".bias")
 
 
 def is_decoupled(group: Group) -> bool:

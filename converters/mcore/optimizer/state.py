@@ -12,6 +12,7 @@ from ckptbridge.converters.mcore.legacy.reader import LegacyFolder
 from ckptbridge.converters.mcore.optimizer.legacy import legacy_optimizer, open_legacy_optimizer, rounds_to
 from ckptbridge.converters.mcore.optimizer.settings import OptimizerKind, OptimizerSettings, read_settings
 from ckptbridge.converters.mcore.optimizer.torch_dist import torch_dist_optimizer
+from ckptbridge.converters.mcore.optimizer.untrained import has_optimizer_state
 from ckptbridge.converters.mcore.torch_dist_reader import TorchDistFolder
 from ckptbridge.converters.model import Model
 from ckptbridge.converters.tensors import Checkpoint
@@ -69,7 +70,7 @@ def main_weights(source: Model, held: Optimizer) -> Checkpoint:
         return mains
     if any(tensor.dtype != torch.float32 for tensor in source.tensors.values()):
         raise BadInputError(f"{source.path}: holds Adam's moments, but no fp32 main weights beside {source.dtype} ones")
-    return source.tensors
+    return {name: tensor for name, tensor in source.tensors.items() if has_optimizer_state(name)}
 
 
 def every_tensor(model: Model) -> Checkpoint:
