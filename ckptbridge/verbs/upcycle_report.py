@@ -3,38 +3,55 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
+    import torch
+    from torch import Tensor
+
+    from ckptbridge.converters.model import Model
     from ckptbridge.trainer.upcycling.prepared import Prepared
     from ckptbridge.trainer.upcycling.report import UpcycleReport
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The text that models are compared on: token ids [T], and which text they are."""
+
+    ids_T: Tensor
+    described: str
+
+
+def probe_of(models: Sequence[Model], text: Path | None) -> Probe:
+    """The first tokens of a text file, or of the text that comes with the program; no tensor is read.
+
+    Raises BadInputError for a text that cannot be used, NotSupportedError for a model that cannot be run.
+    """
+    from ckptbridge.converters.errors import NotSupportedError
+    from ckptbridge.trainer.computed import COMPUTED, refuse_beyond
+    from ckptbridge.trainer.text_ids import read_text, text_ids
+    from ckptbridge.trainer.upcycling.report import PROBE_TOKENS
+
+    try:
+        for model in models:
+            refuse_beyond(model.config, COMPUTED, "the report")
+    except NotSupportedError as error:
+        raise NotSupportedError(f"{error}; --no-probe leaves the report out") from error
+    return Probe(*text_ids(models, None if text is None else read_text(text), PROBE_TOKENS))
+
+
 class Reporter:
-    """Compares the mixture with its source on a text; `found` is there once the conversion asked for the file."""
+    """Compares the mixture, as it is written, with its source; `found` is there once the conversion asked for it."""
 
-    def __init__(self, made: Prepared, text: Path | None, *, hidden: bool) -> None:
-        """`hidden` shows no progress.
+    def __init__(self, made: Prepared, probe: Probe, dtype: torch.dtype | None, *, hidden: bool) -> None:
+        """`dtype` is what the mixture's weights are written in, None each one's own; `hidden` shows no progress."""
+        from ckptbridge.trainer.upcycling.rounding import as_written
 
-        Raises BadInputError for a text that cannot be used, NotSupportedError for a model that cannot be run.
-        """
-        from ckptbridge.converters.errors import NotSupportedError
-        from ckptbridge.trainer.computed import COMPUTED, refuse_beyond
-        from ckptbridge.trainer.text_ids import read_text, text_ids
-        from ckptbridge.trainer.upcycling.report import PROBE_TOKENS
-
-        models = (*made.sources, made.mixture)
-        try:
-            for model in models:
-                refuse_beyond(model.config, COMPUTED, "the report")
-        except NotSupportedError as error:
-            raise NotSupportedError(f"{error}; --no-probe leaves the report out") from error
-        words = None if text is None else read_text(text)
-        self._made, self._hidden = made, hidden
-        self._ids, self._described = text_ids(models, words, PROBE_TOKENS)
+        self._made, self._probe, self._hidden = replace(made, mixture=as_written(made.mixture, dtype)), probe, hidden
         self.found: UpcycleReport | None = None
 
     def file(self) -> bytes:
@@ -42,9 +59,9 @@ class Reporter:
         from ckptbridge.report import layer_progress
         from ckptbridge.trainer.upcycling.report import report
 
-        made = self._made
+        made, probe = self._made, self._probe
         with layer_progress("comparing with the source", self._hidden) as progress:
-            self.found = report(made.sources, made.mixture, made.spec, self._ids, self._described, progress)
+            self.found = report(made.sources, made.mixture, made.spec, probe.ids_T, probe.described, progress)
         return (json.dumps(self.to_json(), indent=2) + "\n").encode()
 
     def to_json(self) -> dict[str, Any]:

@@ -21,7 +21,9 @@ def chosen_layers(words: str, num_layers: int) -> tuple[int, ...]:
     chosen: set[int] = set()
     if found := _SLICE.fullmatch(words):
         start, stop, step = found.groups()
-        chosen.update(range(num_layers)[int(start or 0) : int(stop or num_layers) : int(step or 1) or 1])
+        if step and int(step) == 0:
+            raise BadInputError(f"layers is {words!r}: its step is 0, and must be at least 1")
+        chosen.update(range(num_layers)[int(start or 0) : int(stop or num_layers) : int(step or 1)])
     else:
         for word in words.split(","):
             found = _RANGE.fullmatch(word.strip())

@@ -93,6 +93,11 @@ def _copies(spec: UpcycleSpec, source: ModelConfig, experts: int, topk: int) -> 
             "the border of the top-k a token does not meet all of them"
         )
     conditions = ["dropless: a capacity factor drops tokens", "no router jitter or noise"]
+    if not spec.router_groups:
+        conditions.append(
+            "the router's logits are computed in fp32: in bf16 more tokens find two experts equally good, and meet "
+            "some copies of each"
+        )
     if spec.router_groups:
         conditions.append(
             "all copies are equally good until training parts them (router noise, or expert biases that balance the "
@@ -139,8 +144,15 @@ def _fewer(spec: UpcycleSpec, source: ModelConfig, experts: int, topk: int) -> l
     if spec.method == "merge":
         return [f"{n} experts are the means of {experts}"]
     reason = f"{experts - n} of {experts} experts are left out of each layer: tokens that met them meet others"
-    if source.moe_router_pre_softmax and source.moe_router_score_function == "softmax":
+    grows = source.moe_router_pre_softmax and source.moe_router_score_function == "softmax"
+    if grows:
         reason += ", and all weights grow, for they are shares of the softmax over all experts"
-    elif topk == source.moe_router_topk:
+    if groups is not None:
+        reason += (
+            "; where a group loses an expert that it was ranked by, tokens that met none of them may meet others too"
+        )
+    elif source.moe_router_sparse_mixer:
+        reason += "; weights of tokens that met none of them may change too: they are shares among all near experts"
+    elif topk == source.moe_router_topk and not grows:
         reason += "; a text whose tokens met none of them is computed as before"
     return [reason]

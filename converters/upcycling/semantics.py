@@ -15,6 +15,8 @@ from ckptbridge.converters.upcycling.factors import output_scale
 from ckptbridge.converters.upcycling.layers import chosen_layers
 from ckptbridge.converters.upcycling.mixture_semantics import check_mixture
 from ckptbridge.converters.upcycling.spec import DENSE_METHODS, MIXTURE_METHODS, PARTITIONS, UpcycleSpec
+from ckptbridge.converters.upcycling.ties import may_saturate, router_is_zero, ties_between_shards, torn_by_ties
+from ckptbridge.converters.upcycling.unused_options import refuse_unused
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,8 @@ def check(spec: UpcycleSpec, source: ModelConfig) -> Exactness:
         unable: list[str] = []
     else:
         _check_sizes(spec, source)
-        unlike, unable = _unlike_the_dense(spec), _unable_to_learn(spec)
+        refuse_unused(spec)
+        unlike, unable = _unlike_the_dense(spec, source), _unable_to_learn(spec)
         by_design, conditions = _by_design(spec, source), _conditions(spec)
     if (unlike or unable) and not spec.allow_inexact:
         raise BadInputError("; ".join([*unlike, *unable]) + ". To do it all the same, add --allow-inexact")
@@ -100,15 +103,15 @@ def _check_sizes(spec: UpcycleSpec, dense: ModelConfig) -> None:
     chosen_layers(spec.layers, dense.num_layers)
 
 
-def _unlike_the_dense(spec: UpcycleSpec) -> list[str]:
+def _unlike_the_dense(spec: UpcycleSpec, dense: ModelConfig) -> list[str]:
     """What was meant to compute the dense model's function and does not."""
     t, g = spec.chosen, spec.granularity
     problems: list[str] = []
     if t % g and spec.method not in PARTITIONS:
+        nearest = " or ".join(str(whole * g) for whole in range(max(1, t // g), t // g + 2))
         problems.append(
             f"topk {t} is not a multiple of granularity {g}: a token would meet some shards more often than others, "
-            f"and the result would not compute what the dense model does. Use --topk {max(g, t // g * g)} "
-            f"or {(t // g + 1) * g}"
+            f"and the result would not compute what the dense model does. Use --topk {nearest}"
         )
     if g > 1 and spec.method not in PARTITIONS:
         for name in ("noise", "router_noise"):
@@ -117,11 +120,12 @@ def _unlike_the_dense(spec: UpcycleSpec) -> list[str]:
                     f"{name} is {getattr(spec, name)} and granularity {g}: with noise tokens meet some shards twice "
                     "and others never; noise goes with granularity 1"
                 )
-    return problems
+    return [*problems, *torn_by_ties(spec, dense.hidden_size)]
 
 
 def _unable_to_learn(spec: UpcycleSpec) -> list[str]:
-    if spec.chosen > 1 or spec.router == "pre-softmax":
+    is_no_whole_group = spec.granularity > 1 and spec.method not in PARTITIONS  # and so refused for that already
+    if spec.chosen > 1 or spec.router == "pre-softmax" or is_no_whole_group:
         return []
     return [
         "topk is 1 and the chosen weights sum to one: the only weight is always 1, the router gets no gradient and "
@@ -148,23 +152,13 @@ def _by_design(spec: UpcycleSpec, dense: ModelConfig) -> list[str]:
         )
     if spec.method in DENSE_METHODS and spec.scaling == "paper" and _paper_differs(spec, dense):
         reasons.append("the published scaling multiplies gate_proj too, in which SwiGLU is not linear")
-    if spec.method in DENSE_METHODS and spec.granularity > 1 and spec.permute and _ties(spec):
+    if spec.permute and ties_between_shards(spec):
         reasons.append("a router of zeros ties across groups, and with permute a shard of one group is none of another")
     if spec.method in DENSE_METHODS and spec.scaling == "none" and output_scale(spec) != 1:
         reasons.append("the experts are not scaled")
-    if spec.granularity == 1 and spec.noise:
+    if spec.noise and (spec.granularity == 1 or spec.method in PARTITIONS):
         reasons.append(f"noise of {spec.noise} times each matrix's root mean square is added to the experts")
     return reasons
-
-
-def router_is_zero(spec: UpcycleSpec) -> bool:
-    """Whether every token finds all experts alike."""
-    return spec.router_init == "random" and spec.router_std == 0 and not spec.router_noise
-
-
-def _ties(spec: UpcycleSpec) -> bool:
-    """Whether top-k chooses among experts that are all alike."""
-    return router_is_zero(spec) and spec.chosen < spec.num_experts
 
 
 def _paper_differs(spec: UpcycleSpec, dense: ModelConfig) -> bool:
@@ -177,9 +171,14 @@ def _conditions(spec: UpcycleSpec) -> list[str]:
     if spec.granularity > 1 and spec.method not in PARTITIONS:
         conditions.append("the router's logits are computed in fp32: in bf16 0.2-0.4 % of tokens tie across groups")
         conditions.append("no router jitter or noise")
+    if may_saturate(spec):
+        conditions.append("no token's logits of two groups come near 17, where fp32 sigmoids are 1 and groups tie")
     if spec.method in DENSE_METHODS and router_is_zero(spec):
         if spec.router == "pre-softmax" and spec.chosen < spec.num_experts:
             conditions.append("the router stays zero")
-        if spec.granularity > 1 and _ties(spec):
-            conditions.append("where all experts tie, top-k takes neighbours, as torch does on a CPU")
+        if ties_between_shards(spec):
+            conditions.append(
+                "where all experts tie, top-k takes neighbours, or every shard equally often, as torch does on a CPU "
+                f"for {spec.chosen} of {spec.num_experts}"
+            )
     return conditions

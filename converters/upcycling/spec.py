@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
+from ckptbridge.converters.errors import BadInputError
+
 Method = Literal[
     "copy",
     "virtual-group",
@@ -85,8 +87,16 @@ class UpcycleSpec:
     """Do what cannot work as meant, and say so, instead of refusing it."""
 
     def resolved(self) -> Self:
-        """The same with the method named, and the granularity that a partition implies."""
+        """The same with the method named, and the granularity that a partition implies.
+
+        Raises BadInputError for a partition with another granularity.
+        """
         method = self.method or ("copy" if self.granularity == 1 else "virtual-group")
+        if method in PARTITIONS and self.granularity not in (1, self.num_experts):
+            raise BadInputError(
+                f"granularity is {self.granularity}, which method {method} does not use: it divides the MLP by "
+                f"num_experts {self.num_experts}; leave granularity out"
+            )
         granularity = self.num_experts if method in PARTITIONS else self.granularity
         shared: Shared = "partition" if method == "cmoe" and self.shared == "none" else self.shared
         topk = self.chosen if method in DENSE_METHODS else self.topk

@@ -15,6 +15,7 @@ from ckptbridge.converters.upcycling.factors import scaling_factor
 from ckptbridge.converters.upcycling.layers import chosen_layers
 from ckptbridge.converters.upcycling.routers import drawn_std
 from ckptbridge.converters.upcycling.spec import RouterKind, UpcycleSpec
+from ckptbridge.converters.upcycling.ties import may_saturate
 
 TARGETS = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe", "nemotron_moe")
 """In the order in which they are tried."""
@@ -138,6 +139,14 @@ def _notes(source: Model, spec: UpcycleSpec, family: Family) -> list[str]:
             "groups and meet a shard twice; verify in fp32 and train with the router in fp32, or take --to glm4_moe "
             "--router sigmoid, whose router is fp32"
         )
+    width = spec.expert_width(source.config.ffn_hidden_size)
+    if width % 8 and not family.no_hf_class:
+        dtypes = "fp32 and bf16" if width % 4 else "bf16"
+        notes.append(
+            f"an expert's {width} neurons are no multiple of 16 bytes in {dtypes}: there transformers' grouped_mm, "
+            'its default, fails with "strides should be multiple of 16 bytes"; load the model with '
+            'experts_implementation="eager"'
+        )
     if spec.router_groups and spec.granularity != 2:
         notes.append(
             f"transformers ranks a group by its best two experts, Megatron-Core by its best {spec.granularity}: alike "
@@ -148,6 +157,12 @@ def _notes(source: Model, spec: UpcycleSpec, family: Family) -> list[str]:
             f"the router is drawn with a standard deviation of {std:.2g} instead of {source.config.init_method_std:g}, "
             "so that training does not tear the shards of a copy apart (--router-std changes it); with "
             "--router sigmoid --router-groups whole copies are chosen whatever the rows are"
+        )
+    if may_saturate(spec):
+        notes.append(
+            "the groups hold together as long as the sigmoids of no two of them are 1: in fp32 they are beyond logits "
+            "of 17, which a router with large inputs gives (norm weights with a root mean square of 3 and more), and "
+            "then groups tie; --router-groups chooses whole copies whatever the logits are"
         )
     if family.name in _NEEDS_SHARED_EXPERT and spec.shared == "none":
         notes.append(

@@ -126,7 +126,8 @@ def test_a_split_is_right_on_average_over_what_a_token_may_meet(
 ) -> None:
     """Each expert is scaled by N / T: the mean over all choices of T experts is the dense output, one choice is not."""
     to = "qwen2_moe" if shared == "partition" else None
-    spec = UpcycleSpec(num_experts=6, topk=2, method="split", split=split, shared=shared, shared_width=24, to=to)
+    width = 24 if shared == "partition" else None
+    spec = UpcycleSpec(num_experts=6, topk=2, method="split", split=split, shared=shared, shared_width=width, to=to)
     model = upcycled(open_model(tiny_folder("llama")), spec)
     mlp = dense_mlp(tiny_folder("llama"))
     x_TH = torch.randn(50, 64, generator=torch.Generator().manual_seed(3))

@@ -13,9 +13,11 @@ from ckptbridge.converters.model import Model, open_model
 from ckptbridge.converters.upcycling.construction import upcycled
 from ckptbridge.converters.upcycling.spec import UpcycleSpec
 from ckptbridge.trainer.upcycle_recipe import DistillSection
-from ckptbridge.trainer.upcycling.distillation import DistilledLayer, distilled
+from ckptbridge.trainer.upcycling.distillation import distillation_text, distilled
 from ckptbridge.trainer.upcycling.samples import sample_mlps
+from ckptbridge.trainer.upcycling.scratch import DistilledLayer, check_scratch, remove_scratch
 from tests.tiny import save_tiny
+from tests.trainer.text import save_tokenizer
 
 SPLIT = UpcycleSpec(num_experts=4, topk=2, method="split", seed=2)
 OPTIONS = DistillSection(tokens=1500, lr=3e-3, batch=50)
@@ -137,8 +139,75 @@ def test_layers_that_stay_dense_are_left_alone_and_bf16_is_kept(tmp_path: Path) 
         assert changed or tensor is mixture.tensors[name]
 
 
+# ---- the text -------------------------------------------------------------------------------------------------------
+
+
 def test_a_text_needs_a_tokenizer(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a b c")
-    dense, mixture = split_of(folder)
     with pytest.raises(BadInputError, match="tokenizer"):
-        distilled(dense, mixture, OPTIONS, tmp_path / "work", text=tmp_path / "text.txt")
+        distillation_text(open_model(folder), OPTIONS, tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_too_few_tokens_are_refused_before_the_folder_is_made(tokens: int, folder: Path, tmp_path: Path) -> None:
+    dense, mixture = split_of(folder)
+    with pytest.raises(BadInputError, match=rf"distill\.tokens is {tokens}: it must be at least 3"):
+        distilled(dense, mixture, OPTIONS.model_copy(update={"tokens": tokens}), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_fewest_tokens_can_be_trained_on_and_measured(folder: Path, tmp_path: Path) -> None:
+    dense, mixture = split_of(folder)
+    _, told = distilled(dense, mixture, OPTIONS.model_copy(update={"tokens": 3}), tmp_path / "work")
+    assert all(0 < layer.after <= layer.before for layer in told)
+
+
+def test_a_short_text_is_refused(tmp_path: Path) -> None:
+    save_tokenizer(save_tiny("llama", tmp_path / "llama"))
+    dense = open_model(tmp_path / "llama")
+    for words in ("ab", "abc"):
+        (tmp_path / "text.txt").write_text(words)
+        found = f"text.txt: the text has {len(words)} tokens: distillation needs at least 4"
+        with pytest.raises(BadInputError, match=found):
+            distillation_text(dense, OPTIONS, tmp_path / "text.txt")
+    (tmp_path / "text.txt").write_text("abcd")
+    assert [len(ids_S) for ids_S in distillation_text(dense, OPTIONS, tmp_path / "text.txt").sequences] == [2, 2]
+
+
+# ---- the folder -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_layers_is_ours(folder: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    check_scratch(work)
+    distilled(*split_of(folder), OPTIONS.model_copy(update={"tokens": 100}), work)
+    (work / "layer_0003.safetensors.tmp").write_bytes(b"of a run that was stopped")
+    check_scratch(work)
+    remove_scratch(work)
+    assert not work.exists()
+
+
+def test_what_came_into_the_folder_meanwhile_stays(tmp_path: Path) -> None:
+    for name in ("layer_0000.safetensors", "layer_0000.json", "layer_1.json", "mine.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "layer_0001.json").mkdir()
+    remove_scratch(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["layer_0001.json", "layer_1.json", "mine.txt"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link", "other files", "a folder of a layer's name"])
+def test_another_folder_is_refused(kind: str, tmp_path: Path) -> None:
+    work, other = tmp_path / "work", tmp_path / "other"
+    other.mkdir()
+    if kind == "file":
+        work.write_text("mine")
+    elif "link" in kind:
+        work.symlink_to(other if kind == "link" else tmp_path / "none")
+    elif kind == "other files":
+        work.mkdir()
+        (work / "layer_0000.json").write_text("{}")
+        (work / "config.json").write_text("{}")
+    else:
+        (work / "layer_0000.json").mkdir(parents=True)
+    with pytest.raises(BadInputError, match="move it away, or name another target"):
+        check_scratch(work)

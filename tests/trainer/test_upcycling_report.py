@@ -38,6 +38,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "sigmoid in groups": {"num_experts": 8, "topk": 2, "granularity": 2, "router": "sigmoid", "router_groups": True},
     "some layers": {"num_experts": 4, "granularity": 2, "layers": "1::2", "to": "qwen2_moe"},
 }
+Plant = Callable[[Model], dict[str, LazyTensor]]
 IDS = list(token_ids())
 TOKENS = token_ids().numel()
 
@@ -140,9 +141,7 @@ def test_the_whole_published_scaling_is_told_before_it_is_measured(tiny_folder: 
 
 
 @pytest.mark.parametrize("plant", [scaled_expert, ungrouped_rows, published_scaling])
-def test_a_planted_fault_shows_in_its_layer(
-    plant: Callable[[Model], dict[str, LazyTensor]], tiny_folder: TinyFolders
-) -> None:
+def test_a_planted_fault_shows_in_its_layer(plant: Plant, tiny_folder: TinyFolders) -> None:
     dense = open_model(tiny_folder("llama"))
     moe = upcycled(dense, UpcycleSpec(num_experts=4, granularity=2, seed=3))
     found = reported(dense, plant(moe))
@@ -200,7 +199,7 @@ def test_factors_that_are_no_powers_of_two_cost_bits_in_half_precision(tmp_path:
     assert third.tolerance == 1e-2
     assert third.passed
     assert 1e-5 < third.logits[0].max_relative_difference < 1e-2
-    assert "no power of two" in lines(third)[0]
+    assert "multiplied by a factor, and rounded once more" in lines(third)[0]
 
 
 # ---- sources of other kinds -----------------------------------------------------------------------------------------

@@ -11,19 +11,16 @@ Shapes: T tokens, H hidden_size.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ckptbridge.converters.copying import Copier
-from ckptbridge.converters.disk import write_file
+from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.mcore.keys import decoder_name, expert_of
 from ckptbridge.converters.model import Model, decoder_tensors
-from ckptbridge.converters.pass_through import safetensors_file
 from ckptbridge.converters.safetensors_header import read_header
 from ckptbridge.converters.tensors import Checkpoint, InMemory, LazyTensor
 from ckptbridge.converters.upcycling.drawn import generator_for
@@ -37,27 +34,56 @@ from ckptbridge.trainer.schedule import Schedule
 from ckptbridge.trainer.text_ids import read_text, text_ids, windows
 from ckptbridge.trainer.upcycle_recipe import DistillSection
 from ckptbridge.trainer.upcycling.samples import mlp_input
+from ckptbridge.trainer.upcycling.scratch import DistilledLayer, Scratch
 from ckptbridge.trainer.upcycling.streaming import OnProgress, fed, stream
 
 _WINDOW = 512
 """Tokens that attend to each other; shorter where the model is trained on less."""
 _HELD_OUT = 8
 """One token is held out for so many that are trained on: errors are told of tokens that no layer was trained on."""
+_FEWEST = 4
+"""Tokens that make two sequences: one to train on, one to measure on. `tokens` of one less hold out the fourth."""
 _AT_ONCE = 2048
 """Tokens that a layer is measured on together."""
-_WRITE_NBYTES = 64 << 20
+
+OnLayer = Callable[[DistilledLayer], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DistilledLayer:
-    """|mixture - dense| / |dense| of a layer's output on held-out tokens, before and after it was trained."""
+class DistillationText:
+    """Token ids [T] and the sequences they are cut into, of which the last ones are held out."""
 
-    layer: int
-    before: float
-    after: float
+    ids_T: Tensor
+    sequences: tuple[Tensor, ...]
+
+    @property
+    def trained(self) -> int:
+        """How many tokens there are to train on; they come first."""
+        held_out = max(1, len(self.sequences) // (_HELD_OUT + 1))
+        return sum(len(ids) for ids in self.sequences[: len(self.sequences) - held_out])
 
 
-OnLayer = Callable[[DistilledLayer], None]
+def distillation_text(dense: Model, options: DistillSection, text: Path | None = None) -> DistillationText:
+    """What the layers of a model are trained on; `text` is read where the options name none.
+
+    Raises BadInputError for a text that is too short or has no tokenizer, and for too few tokens.
+    """
+    if options.tokens < _FEWEST - 1:
+        raise BadInputError(
+            f"distill.tokens is {options.tokens}: it must be at least {_FEWEST - 1}, so that there are sequences to "
+            "train on and to measure on"
+        )
+    named = options.text or text
+    words = None if named is None else read_text(named)
+    ids_T, described = text_ids([dense], words, options.tokens + -(-options.tokens // _HELD_OUT))
+    if len(ids_T) < _FEWEST:
+        where = described if named is None else f"{named}: the text"
+        raise BadInputError(
+            f"{where} has {len(ids_T)} tokens: distillation needs at least {_FEWEST}, of which some are held out; "
+            "name a longer text with --distill-text FILE"
+        )
+    length = max(2, min(_WINDOW, dense.config.max_position_embeddings, len(ids_T) // 2))
+    return DistillationText(ids_T=ids_T, sequences=tuple(windows(ids_T, length)))
 
 
 def distilled(
@@ -67,33 +93,27 @@ def distilled(
     work: Path,
     *,
     seed: int = 0,
-    text: Path | None = None,
+    text: DistillationText | None = None,
     on_layer: OnLayer | None = None,
     on_progress: OnProgress | None = None,
 ) -> tuple[Model, list[DistilledLayer]]:
     """The mixture with the weights that training gave its layers, which lie in files of `work`, and how each fared.
 
-    `mixture` is what `dense` was made into; `text` is read where the options name none. The same call finds the files
-    of an earlier one, and ends with the same bytes as one that nothing stopped (with as many threads of one machine).
-    Raises BadInputError for a text that is too short or has no tokenizer, StorageError if the disk fails.
+    `mixture` is what `dense` was made into; without a `text` it is the one that the options name. The same call finds
+    the files of an earlier one, and ends with the same bytes as one that nothing stopped (with as many threads of one
+    machine). Raises BadInputError for a text that is too short or has no tokenizer, StorageError if the disk fails.
     """
-    named = options.text or text
-    words = None if named is None else read_text(named)
-    ids_T, _ = text_ids([dense], words, options.tokens + -(-options.tokens // _HELD_OUT))
-    length = max(2, min(_WINDOW, dense.config.max_position_embeddings, len(ids_T) // 2))
-    sequences = windows(ids_T, length)
-    trained = sum(len(ids) for ids in sequences[: len(sequences) - max(1, len(sequences) // (_HELD_OUT + 1))])
-    work.mkdir(parents=True, exist_ok=True)
-    key = _key(dense, mixture, options, ids_T, seed)
+    text = text or distillation_text(dense, options)
+    key = _key(dense, mixture, options, text.ids_T, seed)
     found: dict[str, LazyTensor] = {}
     told: list[DistilledLayer] = []
 
     def feed(number: int, layer: Layer, x_TH: Tensor) -> Tensor:
         out_TH = fed(number, layer, x_TH)
         if mixture.config.is_moe_layer(number):
-            scratch = _Scratch(work, number, key)
+            scratch = Scratch(work, number, key)
             if (outcome := scratch.outcome()) is None:
-                rows = _Rows(mlp_input(layer, x_TH), out_TH, trained)
+                rows = _Rows(mlp_input(layer, x_TH), out_TH, text.trained)
                 outcome = _trained(mixture, number, rows, options, seed, scratch)
             found.update(read_header(scratch.weights))
             told.append(outcome)
@@ -102,7 +122,7 @@ def distilled(
         return out_TH
 
     with torch.no_grad():
-        stream(dense, sequences, feed, on_progress=on_progress)
+        stream(dense, text.sequences, feed, on_progress=on_progress)
     model = replace(
         mixture, tensors={**mixture.tensors, **found}, derivation=f"{mixture.derivation} distilled {key[:16]}"
     )
@@ -132,32 +152,8 @@ class _Rows:
         return whole * -(-self.trained // options.batch) + -(-rest // options.batch)
 
 
-class _Scratch:
-    """The files of one layer: its weights, and then what is told of them."""
-
-    def __init__(self, work: Path, layer: int, key: str) -> None:
-        self.key, self.work = key, work
-        self.weights = work / f"layer_{layer:04d}.safetensors"
-        self._told = work / f"layer_{layer:04d}.json"
-
-    def outcome(self) -> DistilledLayer | None:
-        """What an earlier run of the same key tells of the layer, if it came so far."""
-        if not (self._told.is_file() and self.weights.is_file()):
-            return None
-        told = json.loads(self._told.read_text())
-        return DistilledLayer(**told["layer"]) if told["key"] == self.key else None
-
-    def keep(self, tensors: Checkpoint, outcome: DistilledLayer) -> None:
-        """Write both, the weights first; whichever of them is there is whole."""
-        self._told.unlink(missing_ok=True)
-        file = safetensors_file(self.weights.name + ".tmp", tensors)
-        Copier(self.work, workers=1, max_ram=_WRITE_NBYTES, progress=None, total=file.tensor_nbytes).write(file)
-        (self.work / file.name).replace(self.weights)
-        write_file(self._told, json.dumps({"key": self.key, "layer": asdict(outcome)}).encode())
-
-
 def _trained(
-    model: Model, layer: int, rows: _Rows, options: DistillSection, seed: int, scratch: _Scratch
+    model: Model, layer: int, rows: _Rows, options: DistillSection, seed: int, scratch: Scratch
 ) -> DistilledLayer:
     """Train one layer, keep what came of it, and tell how far it was and is from the dense one."""
     prefix = f"decoder.layers.{layer}.mlp."

@@ -26,6 +26,7 @@ from ckptbridge.trainer.upcycling.prompts import (
     ExpertPrompts,
     prompt_sequences,
     read_prompts,
+    refuse_unused_prompts,
     rows_by_prompts,
     rows_of_router,
 )
@@ -79,7 +80,12 @@ def measure_files(
     others: Sequence[Model] = (),
     on_progress: OnProgress | None = None,
 ) -> Measured:
-    """The same from a text file, of which the first 4096 tokens are taken, and a file of prompts (see prompts.py)."""
+    """The same from a text file, of which the first 4096 tokens are taken, and a file of prompts (see prompts.py).
+
+    Raises BadInputError besides for prompts that this spec does not use.
+    """
+    if prompts is not None:
+        refuse_unused_prompts(prompts, spec.resolved())
     sequences: list[Tensor] = []
     if calibrate is not None:
         ids_T, _ = text_ids([model], read_text(calibrate), CALIBRATION_TOKENS)

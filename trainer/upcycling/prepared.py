@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptbridge.converters.errors import BadInputError
-from ckptbridge.converters.hub.source import local_folder
-from ckptbridge.converters.model import Model, open_model
+from ckptbridge.converters.model import Model
 from ckptbridge.converters.upcycling.construction import upcycled
 from ckptbridge.converters.upcycling.spec import UpcycleSpec
 from ckptbridge.trainer.upcycle_recipe import UpcycleSection
-from ckptbridge.trainer.upcycling.distillation import DistilledLayer, distilled
+from ckptbridge.trainer.upcycling.distillation import distillation_text, distilled
 from ckptbridge.trainer.upcycling.measure import measure_files
+from ckptbridge.trainer.upcycling.outline import Outline, outlined
+from ckptbridge.trainer.upcycling.scratch import DistilledLayer
 from ckptbridge.trainer.upcycling.streaming import OnProgress
 
 
@@ -38,29 +37,19 @@ def prepared(
     layers done and all layers, whenever the source is run.
     Raises BadInputError, NotSupportedError or StorageError for what cannot be done.
     """
-    _check_files(section)
-    spec = section.spec()
-    others = [open_model(local_folder(str(path.expanduser()))) for path in section.others]
+    return prepared_of(outlined(source, section), section, work, on_progress)
+
+
+def prepared_of(
+    outline: Outline, section: UpcycleSection, work: Path | None, on_progress: OnProgress | None = None
+) -> Prepared:
+    """The same of the outline that the section was given; texts are read before anything is run."""
+    (source, *others), spec = outline.sources, outline.spec
+    distill = None if work is None else section.distill
+    text = None if distill is None else distillation_text(source, distill, section.calibrate)
     measured = measure_files(source, spec, section.calibrate, section.prompts, others=others, on_progress=on_progress)
     mixture = upcycled(source, spec, measured, others)
-    sources = (source, *others)
-    if section.distill is None or work is None:
-        return Prepared(mixture=mixture, sources=sources, spec=spec)
-    if others:
-        raise BadInputError("distill: the mixture of several models has no one MLP to learn from; leave distill out")
-    model, told = distilled(
-        source, mixture, section.distill, work, seed=section.seed, text=section.calibrate, on_progress=on_progress
-    )
-    return Prepared(mixture=model, sources=sources, spec=spec, distilled=tuple(told))
-
-
-def _check_files(section: UpcycleSection) -> None:
-    named: Sequence[tuple[str, Path | None]] = (
-        ("calibrate", section.calibrate),
-        ("prompts", section.prompts),
-        ("probe", section.probe),
-        ("distill.text", section.distill.text if section.distill else None),
-    )
-    for name, path in named:
-        if path is not None and not path.is_file():
-            raise BadInputError(f"{path}: no such text file ({name})")
+    if distill is None or work is None:
+        return Prepared(mixture=mixture, sources=outline.sources, spec=spec)
+    model, told = distilled(source, mixture, distill, work, seed=section.seed, text=text, on_progress=on_progress)
+    return Prepared(mixture=model, sources=outline.sources, spec=spec, distilled=tuple(told))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.model import Model
-from ckptbridge.converters.upcycling.spec import PARTITIONS, UpcycleSpec
+from ckptbridge.converters.upcycling.spec import MIXTURE_METHODS, PARTITIONS, UpcycleSpec
 from ckptbridge.trainer.text_ids import tokenized, tokenizer_folder
 
 _KEYS = ("positive", "negative")
@@ -39,6 +39,17 @@ class ExpertPrompts:
 def rows_of_router(spec: UpcycleSpec) -> int:
     """How many rows a resolved spec has to be given: one for each group of experts, of a partition one an expert."""
     return spec.num_experts if spec.method in PARTITIONS else spec.groups
+
+
+def refuse_unused_prompts(path: Path, spec: UpcycleSpec) -> None:
+    """Raise BadInputError for a resolved spec whose router does not come from prompts."""
+    if spec.method in MIXTURE_METHODS:
+        raise BadInputError(f"{path}: prompts are given, which method {spec.method} does not use; leave --prompts out")
+    if spec.router_init != "hidden-state":
+        raise BadInputError(
+            f"{path}: prompts are given, which router_init {spec.router_init} does not use; add --router-init "
+            "hidden-state, or leave --prompts out"
+        )
 
 
 def read_prompts(path: Path, models: Sequence[Model], spec: UpcycleSpec) -> list[ExpertPrompts]:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ckptbridge.converters.model import Model, count_parameters
-from ckptbridge.converters.upcycling.factors import Factors, expert_factors, shared_factors
+from ckptbridge.converters.upcycling.factors import expert_factors, shared_factors
 from ckptbridge.converters.upcycling.semantics import check
 from ckptbridge.converters.upcycling.spec import DENSE_METHODS, UpcycleSpec
 from ckptbridge.trainer.text_ids import text_ids
 from ckptbridge.trainer.upcycling.flops import flops_a_token
 from ckptbridge.trainer.upcycling.logit_differences import LogitDifferences
 from ckptbridge.trainer.upcycling.probe import LayerProbe, probe
+from ckptbridge.trainer.upcycling.rounding import as_written, narrowed_to
 from ckptbridge.trainer.upcycling.settings import Setting, recommended_settings
 from ckptbridge.trainer.upcycling.streaming import OnProgress
 
@@ -60,12 +61,16 @@ class UpcycleReport:
     """Why it is not."""
     conditions: tuple[str, ...]
     """What has to hold while it is used, for it to be exact."""
+    rounded_to: str | None
+    """The dtype, such as bf16, of a mixture that is written in a narrower one than its source's."""
     tolerance: float
     """What max_relative_difference may be for an exact mixture to pass."""
     layers: tuple[LayerProbe, ...]
-    """Against the first source."""
+    """Against the first source; of an exact mixture with `rounded_to`, against that source rounded as well."""
     logits: tuple[LogitDifferences, ...]
-    """Against each source, in order."""
+    """Against each source as it is, in order."""
+    rounded: LogitDifferences | None
+    """Of an exact mixture with `rounded_to`: against the source whose weights are rounded as well."""
     cost_source: Cost
     cost_mixture: Cost
     flops_sequence_length: int
@@ -73,11 +78,16 @@ class UpcycleReport:
     settings: tuple[Setting, ...]
 
     @property
+    def judged(self) -> LogitDifferences:
+        """Against what the mixture is meant to compute: the source, rounded as the mixture is."""
+        return self.rounded or self.logits[0]
+
+    @property
     def passed(self) -> bool:
         """False for what cannot be used: numbers that are not finite, or an exact mixture that is not."""
         if not all(math.isfinite(found.max_abs_difference) and math.isfinite(found.kl) for found in self.logits):
             return False
-        within = self.logits[0].max_relative_difference <= self.tolerance
+        within = self.judged.max_relative_difference <= self.tolerance
         return not self.is_exact or within or self.is_grown_rounding
 
     @property
@@ -88,7 +98,7 @@ class UpcycleReport:
     @property
     def is_grown_rounding(self) -> bool:
         """Whether logits differ by more than the tolerance, but no layer does by itself, nor what leaves the first."""
-        found = self.logits[0].max_relative_difference
+        found = self.judged.max_relative_difference
         first = self.layers[0].hidden_difference
         return (
             self.tolerance < found <= _MOST_GROWTH * self.tolerance
@@ -110,6 +120,8 @@ class UpcycleReport:
             shown["busiest"] = layer.busiest
         for shown, found in zip(told["logits"], self.logits, strict=True):
             shown["loss_difference"] = _finite(found.loss_difference)
+        if self.rounded is not None:
+            told["rounded"]["loss_difference"] = _finite(self.rounded.loss_difference)
         return told
 
 
@@ -132,8 +144,15 @@ def report(
     if ids is None:
         ids, described = text_ids([*sources, mixture], None, PROBE_TOKENS)
     sequences = [ids] if isinstance(ids, Tensor) else list(ids)
-    exactness = check(spec, source.config)
-    found = probe(sources, mixture, sequences, on_progress)
+    exactness, rounded_to = check(spec, source.config), narrowed_to(sources, mixture)
+    inexact, conditions = exactness.inexact, exactness.conditions
+    alike: list[Model] = []
+    if rounded_to is not None and exactness.is_exact:
+        alike = [as_written(source, mixture.dtype)]
+        conditions = (*conditions, f"the source's weights are rounded to {rounded_to} as the mixture's are")
+    elif rounded_to is not None:
+        inexact = (*inexact, f"the weights are rounded to {rounded_to}")
+    found = probe([*alike, *sources], mixture, sequences, on_progress)
     length = min(_SEQUENCE_LENGTH, source.config.max_position_embeddings)
     return UpcycleReport(
         sources=tuple(str(model.path) for model in sources),
@@ -142,11 +161,13 @@ def report(
         text=described or "the text given",
         tokens=sum(map(len, sequences)),
         is_exact=exactness.is_exact,
-        inexact=exactness.inexact,
-        conditions=exactness.conditions,
+        inexact=inexact,
+        conditions=conditions,
+        rounded_to=rounded_to,
         tolerance=_tolerance(spec, source, mixture),
         layers=found.layers,
-        logits=found.logits,
+        logits=found.logits[len(alike) :],
+        rounded=found.logits[0] if alike else None,
         cost_source=_cost(source, length),
         cost_mixture=_cost(mixture, length),
         flops_sequence_length=length,
@@ -155,17 +176,22 @@ def report(
 
 
 def _tolerance(spec: UpcycleSpec, source: Model, mixture: Model) -> float:
-    if spec.method not in DENSE_METHODS or mixture.dtype not in _ROUNDING_TOLERANCE:
+    """Weights take a factor in the source's dtype, and are rounded to the mixture's then."""
+    if spec.method not in DENSE_METHODS:
         return TOLERANCE
     used = [expert_factors(spec, source.config)]
     if spec.shared != "none":
         used.append(shared_factors(spec, is_gated=mixture.config.moe_shared_expert_gate))
-    return TOLERANCE if all(map(_loses_nothing, used)) else _ROUNDING_TOLERANCE[mixture.dtype]
+    factors = {factor for each in used for factor in (each.gate, each.up, each.down)}
+    lossy = {dtype for dtype in (source.dtype, mixture.dtype) if not all(map(_loses_nothing, factors))}
+    if mixture.dtype == torch.float16 != source.dtype and not factors <= {0.0, 1.0}:
+        lossy.add(torch.float16)  # what a factor of two lifts out of its subnormal numbers is rounded less
+    return max((_ROUNDING_TOLERANCE.get(dtype, TOLERANCE) for dtype in lossy), default=TOLERANCE)
 
 
-def _loses_nothing(factors: Factors) -> bool:
+def _loses_nothing(factor: float) -> bool:
     """Whether bits stay what they are: zero and powers of two have a mantissa of 0 or 1/2."""
-    return all(math.frexp(factor)[0] in (0.0, 0.5) for factor in (factors.gate, factors.up, factors.down))
+    return math.frexp(factor)[0] in (0.0, 0.5)
 
 
 def _cost(model: Model, length: int) -> Cost:

@@ -22,27 +22,32 @@ def lines(report: UpcycleReport) -> list[str]:
 
 
 def _verdict(report: UpcycleReport) -> list[str]:
-    found = report.logits[0]
-    measured = f"logits differ by {found.max_relative_difference:.1e} of the largest"
+    measured = f"logits differ by {report.judged.max_relative_difference:.1e} of the largest"
     allowed = f"tolerance {report.tolerance:.0e}"
     if report.tolerance > TOLERANCE:
-        allowed += ": a factor is no power of two, and weights in half precision are rounded once more"
+        allowed += ": weights in half precision are multiplied by a factor, and rounded once more"
     if not report.is_exact:
         told = [f"{report.method} is not exact: {measured}"]
         told += [f"  because {reason}" for reason in report.inexact]
         return told if report.passed else [*told, "DEFECT: the mixture computes numbers that are not finite"]
+    exact = "exact" if report.rounded is None else f"exact for the source rounded to {report.rounded_to}"
     if report.passed and report.is_grown_rounding:
         told = [
-            f"{report.method} is exact: no layer's own output differs by more than {report.largest_by_itself:.1e}; "
+            f"{report.method} is {exact}: no layer's own output differs by more than {report.largest_by_itself:.1e}; "
             f"that rounding grows over {len(report.layers)} layers, and {measured}"
         ]
     elif report.passed:
-        told = [f"{report.method} is exact: {measured} ({allowed})"]
+        told = [f"{report.method} is {exact}: {measured} ({allowed})"]
     else:
-        told = [f"DEFECT: {report.method} should be exact, but {measured} ({allowed})"]
+        told = [f"DEFECT: {report.method} should be {exact}, but {measured} ({allowed})"]
         if report.first_defect is not None:
             layer = report.layers[report.first_defect]
             told.append(f"  layer {layer.layer} differs most by itself: {layer.output_difference:.1e} of its output")
+    if report.rounded is not None:
+        told.append(
+            f"  of the source as it is they differ by {report.logits[0].max_relative_difference:.1e}: that is the "
+            f"rounding to {report.rounded_to}"
+        )
     return told + [f"  as long as: {condition}" for condition in report.conditions]
 
 
