@@ -30,11 +30,12 @@ from ckptbridge.converters.mcore.notes import megatron_notes
 from ckptbridge.converters.mcore.torch_dist_reader import TRACKER
 from ckptbridge.converters.mcore.torch_dist_writer import TorchDistWriter
 from ckptbridge.converters.model import HF_SIDE_FOLDER, Model
+from ckptbridge.converters.narrowed import narrowed
 from ckptbridge.converters.output import OutputFile
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.converters.pass_through import language_config, safetensors_file, side_file
 from ckptbridge.converters.ranks import Rank
-from ckptbridge.converters.tensors import Checkpoint, LazyTensor, cast
+from ckptbridge.converters.tensors import Checkpoint, LazyTensor
 from ckptbridge.converters.turned import BAND_NBYTES
 
 GIGABYTE = 1_000_000_000
@@ -157,7 +158,7 @@ def plan_conversion(
     target = checked_target(target, options)
     expected = {move.name: move.shape for move in source.family.moves(source.config)}
     check_names_and_shapes(expected, source.tensors, str(source.path))
-    tensors = cast_all(source.tensors, options.dtype)
+    tensors = cast_all(source.tensors, options.dtype, source.sources)
     try:
         if to == "hf":
             return _plan_hf(source, target, tensors, options)
@@ -180,17 +181,16 @@ def checked_target(target: Path, options: ConvertOptions) -> Path:
     return target.resolve()  # a link keeps naming the folder, whatever replaces it
 
 
-def cast_all(tensors: Checkpoint, dtype: torch.dtype | None) -> Checkpoint:
+def cast_all(tensors: Checkpoint, dtype: torch.dtype | None, sources: Checkpoint | None = None) -> Checkpoint:
     """The tensors in another dtype, but for whole numbers and what has to stay as it is; None keeps each one's own.
 
+    What becomes infinite is told while it is written, by the name that it has among `sources`.
     A bias that only decides which experts are chosen is fp32 in every model that has one: a rounded one chooses others.
     """
     if dtype is None:
         return tensors
-    return {
-        name: cast(t, dtype) if t.dtype.is_floating_point and not name.endswith(".expert_bias") else t
-        for name, t in tensors.items()
-    }
+    kept = {n for n, t in tensors.items() if n.endswith(".expert_bias") or not t.dtype.is_floating_point}
+    return {n: t if n in kept else narrowed(t, dtype, n, sources or {}) for n, t in tensors.items()}
 
 
 def _plan_hf(source: Model, target: Path, tensors: Checkpoint, options: ConvertOptions) -> ConversionPlan:

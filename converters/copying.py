@@ -22,6 +22,7 @@ from ckptbridge.converters.direct import DirectWriter
 from ckptbridge.converters.disk import disk_message
 from ckptbridge.converters.drafts import Draft, Stream, in_source_order
 from ckptbridge.converters.finishing import Finisher
+from ckptbridge.converters.narrowed import casts_watched
 from ckptbridge.converters.output import OutputFile
 from ckptbridge.converters.reading import read_exactly, watched
 from ckptbridge.converters.tasks import Task, tasks_of
@@ -135,7 +136,7 @@ class Copier:
         """Write all pieces of a task: those that only move in the source's order, then those that are computed."""
         moved: list[tuple[Stream, Sequence[Extent]]] = []
         by_root: dict[int, list[Stream]] = {}
-        with watched(self.witness.see):
+        with watched(self.witness.see), casts_watched(self.witness.see_cast):
             for outlet in task:
                 stream = Stream(outlet, drafts, self.advance, self._direct)
                 extents = outlet.tensor.extents()

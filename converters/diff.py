@@ -58,13 +58,17 @@ class DiffReport:
 
 
 def diff(a: Model, b: Model, progress: Progress | None = None) -> DiffReport:
-    """Compare every parameter of two opened checkpoints. Raises BadInputError when a file turns out broken."""
-    shared = [name for name in a.tensors if name in b.tensors]
-    total = sum(a.tensors[name].nbytes for name in shared)
+    """Compare every parameter of two opened checkpoints, and what was passed through beside them.
+
+    Raises BadInputError when a file turns out broken.
+    """
+    every_a, every_b = {**a.tensors, **a.beside}, {**b.tensors, **b.beside}
+    shared = [name for name in every_a if name in every_b]
+    total = sum(every_a[name].nbytes for name in shared)
     done = equal = 0
     unequal: dict[str, tuple[str, str]] = {}
     for name in shared:
-        left, right = a.tensors[name], b.tensors[name]
+        left, right = every_a[name], every_b[name]
         digests = digest_of(left), digest_of(right)
         if (left.shape, left.dtype, digests[0]) == (right.shape, right.dtype, digests[1]):
             equal += 1
@@ -78,8 +82,8 @@ def diff(a: Model, b: Model, progress: Progress | None = None) -> DiffReport:
         a=str(a.path),
         b=str(b.path),
         equal=equal,
-        only_a=tuple(name for name in a.tensors if name not in b.tensors),
-        only_b=tuple(name for name in b.tensors if name not in a.tensors),
+        only_a=tuple(name for name in every_a if name not in every_b),
+        only_b=tuple(name for name in every_b if name not in every_a),
         config=tuple(_config_differences(a.config, b.config)),
         differences=tuple(find.difference(name) for name in unequal),
     )
@@ -95,12 +99,13 @@ class _Causes:
 
     def __init__(self, a: Model, b: Model, unequal: Mapping[str, tuple[str, str]]) -> None:
         self.a, self.b = a, b
+        self._tensors = {**a.tensors, **a.beside}, {**b.tensors, **b.beside}
         self._layouts = {move.name: move.layout for move in a.family.moves(a.config)}
         self._named = {digest: name for name, (digest, _) in unequal.items()}
         self._digests_b = {name: digest for name, (_, digest) in unequal.items()}
 
     def difference(self, name: str) -> Difference:
-        left, right = self.a.tensors[name], self.b.tensors[name]
+        left, right = self._tensors[0][name], self._tensors[1][name]
         if cause := self._from_elsewhere(name):
             return _measured(name, cause, left, right)
         if left.shape != right.shape:
@@ -125,13 +130,13 @@ class _Causes:
         a, b = a.float(), b.float()
         if a.ndim == 2 and a.shape[0] == a.shape[1] and torch.equal(a.T, b):
             return "transposed"
-        layout = self._layouts.get(name)
-        if layout and layout.name == GATED.name and torch.equal(torch.cat(a.chunk(2)[::-1]), b):
+        if (layout := self._layouts.get(name)) is None:  # passed through
+            return _scale(a, b) or "values differ"
+        if layout.name == GATED.name and torch.equal(torch.cat(a.chunk(2)[::-1]), b):
             return "gate_proj and up_proj swapped"
-        if layout and layout.name == QKV.name and (cause := _qkv_order(a, b, self.a.config)):
+        if layout.name == QKV.name and (cause := _qkv_order(a, b, self.a.config)):
             return cause
-        sides = (self.a.tensors[name], self.b.tensors[name])
-        parts = [layout.unpack(side, self.a.config) if layout else [side] for side in sides]
+        parts = [layout.unpack(side, self.a.config) for side in (self.a.tensors[name], self.b.tensors[name])]
         return scale_cause(*parts) or _scale(a, b) or "values differ"
 
 

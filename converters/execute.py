@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from ckptbridge.converters.direct import DirectWriter, is_worth_it
 from ckptbridge.converters.disk import disk_message, sync_folder, take_name, write_file
 from ckptbridge.converters.errors import BadInputError, StorageError
 from ckptbridge.converters.finishing import Finisher
+from ckptbridge.converters.finite import finite_notes
 from ckptbridge.converters.journal import FINISHED, Journal, Record, journal_file, journal_files, read_journal
 from ckptbridge.converters.mcore.legacy.replicas import check_replicas
 from ckptbridge.converters.output import OutputFile
@@ -305,22 +305,15 @@ def _receipt(plan: ConversionPlan, told: Record, fingerprint: str) -> Receipt:
         source_format=plan.source.format,
         target_format=plan.to,
         family=plan.source.family.name,
-        notes=(*plan.notes, *_finite_notes(told)),
+        notes=(*plan.notes, *finite_notes(told.bad)),
         source_tensors={name: told.sources[name] for name in plan.source.sources},
         target_tensors={piece.name: told.files[file.name][piece.name] for file in plan.files for piece in file.pieces},
         source_nbytes=sum(tensor.nbytes for tensor in plan.source.sources.values()),
         target_nbytes=plan.nbytes,
         files={file.name: file.size for file in plan.files},
-        not_finite={name: {"nan": found.nan, "infinite": found.infinite} for name, found in told.bad.items()},
+        not_finite={name: found.counts() for name, found in told.bad.items()},
         plan=fingerprint,  # of the source as it was when the run began
     )
-
-
-def _finite_notes(told: Record) -> Sequence[str]:
-    if not told.bad:
-        return ()
-    first = "; ".join(f"{name}: {found}" for name, found in list(told.bad.items())[:3])
-    return (f"{len(told.bad)} tensors of the source hold numbers that are not finite, and so does the result: {first}",)
 
 
 def plan_fingerprint(plan: ConversionPlan) -> str:

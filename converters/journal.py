@@ -30,7 +30,8 @@ class Record:
     def add(self, other: Record) -> None:
         self.files |= other.files
         self.sources |= other.sources
-        self.bad |= other.bad
+        for name, found in other.bad.items():
+            self.bad[name] = found.merged(self.bad[name]) if name in self.bad else found
 
 
 def journal_file(target: Path, rank: int = 0) -> Path:
@@ -51,6 +52,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._told: set[str] = set()
+        self._overflowed: dict[str, int] = {}
 
     def begin(self, plan: str, record: Record | None = None) -> None:
         """Write it anew: the plan, and what is done already."""
@@ -75,10 +77,13 @@ class Journal:
             out.write(json.dumps(line) + "\n")
 
     def _of_sources(self, sources: Mapping[str, str], bad: Mapping[str, NotFinite]) -> dict[str, Any]:
-        """Those that were not told before."""
+        """Those that were not told before; an overflow is found as the result is made, after the digest or before."""
         new = {name: digest for name, digest in sources.items() if name not in self._told}
         self._told |= new.keys()
-        return {"sources": new, "bad": {name: asdict(found) for name, found in bad.items() if name in new}}
+        more = {n: found.overflowed for n, found in bad.items() if found.overflowed > self._overflowed.get(n, 0)}
+        self._overflowed |= more
+        told = {name: asdict(found) for name, found in bad.items() if name in new or name in more}
+        return {"sources": new, "bad": told}
 
 
 def read_journal(path: Path) -> tuple[str | None, Record]:

@@ -34,7 +34,8 @@ class Receipt:
     target_nbytes: int
     files: dict[str, int]
     not_finite: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
-    """How many NaN ("nan") and infinities ("infinite") each source tensor holds that has any."""
+    """How many NaN ("nan") and infinities ("infinite") each source tensor holds that has any, and how many finite
+    numbers of it the written dtype makes infinite ("overflowed")."""
     plan: str = ""
     """A digest of what was to be written from what, by which a run that is started again knows that all is done."""
 

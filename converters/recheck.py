@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +12,9 @@ from ckptbridge.converters.blocks import digest_of
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.mcore.optimizer.state import every_tensor
 from ckptbridge.converters.model import Model
+from ckptbridge.converters.pass_through import language_config
 from ckptbridge.converters.receipt import Receipt
+from ckptbridge.converters.tensors import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +46,12 @@ def recheck(
     receipt is of neither.
     """
     sides = {"target": receipt.target_tensors, "source": receipt.source_tensors}
-    side = max(sides, key=lambda name: len(sides[name].keys() & model.sources.keys()))
+    sources = _as_named(model, sides)
+    side = max(sides, key=lambda name: len(sides[name].keys() & sources.keys()))
     if Path(receipt.source).resolve() == model.path.resolve():  # where both have the same names, as after a reshard
         side = "source"
     expected = sides[side]
-    held = model.sources if expected.keys() <= model.sources.keys() else every_tensor(model)
+    held = sources if model.saved is None or expected.keys() <= sources.keys() else every_tensor(model)
     known = [name for name in held if name in expected]
     if not known:
         raise BadInputError(
@@ -70,5 +73,18 @@ def recheck(
         checked=len(known),
         changed=tuple(changed),
         missing=tuple(name for name in expected if name not in held),
-        unknown=tuple(name for name in model.sources if name not in expected),
+        unknown=tuple(name for name in sources if name not in expected),
+    )
+
+
+def _as_named(model: Model, sides: Mapping[str, Mapping[str, str]]) -> Checkpoint:
+    """The stored tensors by the names that the receipt has for them.
+
+    Of a model with parts beside it, a receipt names what was read as the language model does, without the prefix that
+    it has in the file; and what was written with it.
+    """
+    start = language_config(model.hf_config)[1] if model.beside else ""
+    in_file = {name if name in model.beside else start + name: tensor for name, tensor in model.sources.items()}
+    return max(
+        (model.sources, in_file), key=lambda named: max(len(told.keys() & named.keys()) for told in sides.values())
     )

@@ -20,6 +20,7 @@ import xxhash
 from ckptbridge.converters.blocks import digest_of
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.finite import NotFinite, not_finite
+from ckptbridge.converters.narrowed import Narrowing
 from ckptbridge.converters.reading import read_exactly, watched
 from ckptbridge.converters.tensors import Checkpoint, Extent
 
@@ -101,6 +102,10 @@ class Witness:
 
     def __init__(self, sources: Checkpoint, *, refuse: bool = False) -> None:
         self.sources = sources
+        self._refuse = refuse
+        self._overflowed: dict[str, NotFinite] = {}
+        self._counted: set[object] = set()
+        self._lock = threading.Lock()
         self._seen: dict[str, Seen] = {}
         self._shelves: dict[Path, _Shelf] = {}
         self._whole: dict[Extent, Seen] = {}
@@ -130,6 +135,32 @@ class Witness:
             if low < high:
                 seen.feed(low, block[low - offset : high - offset])
 
+    def see_cast(self, narrowing: Narrowing) -> None:
+        """Some of what a tensor became in a narrower dtype is not finite: counted once, where the source is finite.
+
+        Raises BadInputError where that is to be refused.
+        """
+        with self._lock:  # the others wait for the count: whoever made the same rows must not be done before it
+            key = tuple(narrowing.wide.extents() or ()) or id(narrowing.wide)
+            if key in self._counted:
+                return
+            found = narrowing.counted()
+            self._counted.add(key)
+            if found is None:
+                return
+            name, path = narrowing.place()
+            known = self._overflowed.get(name)
+            if known is not None:  # another part of the same tensor
+                count, largest = known.overflowed + found.overflowed, max(known.largest, found.largest)
+                found = NotFinite(overflowed=count, largest=largest)
+            self._overflowed[name] = found
+        if self._refuse:
+            where = f"{path}: " if path else ""
+            raise BadInputError(
+                f"{where}tensor {name!r} holds {found}; --check-finite asks that every weight is finite: write bf16 or "
+                "fp32 (--dtype)"
+            )
+
     def claim(self, extents: Sequence[Extent] | None) -> Seen | None:
         """The tensor that these bytes are, if they are one, and nobody began to hash it."""
         if extents is None or len(extents) != 1:
@@ -154,5 +185,9 @@ class Witness:
         return name, seen.digest or ""
 
     def bad(self) -> Mapping[str, NotFinite]:
-        """What is not finite, by the tensor's name."""
-        return {name: seen.bad for name, seen in self._seen.items() if seen.bad is not None}
+        """What is not finite, or will not be, by the tensor's name."""
+        found = {name: seen.bad for name, seen in self._seen.items() if seen.bad is not None}
+        with self._lock:
+            for name, lost in self._overflowed.items():
+                found[name] = lost.merged(found[name]) if name in found else lost
+        return found

@@ -68,16 +68,23 @@ def verify(
     ] = None,
     hf_config: o.HfConfig = None,
     revision: o.Revision = None,
+    pass_through: o.PassThrough = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Also write the result as JUnit XML.")] = None,
 ) -> None:
     """Compare the losses of two checkpoints on a text. Exit code 0 if they agree, 1 if not."""
     if b is None and against_receipt is not None:
         from ckptbridge.verbs.recheck import verify_against_receipt
 
-        verify_against_receipt(a, against_receipt, o.ReadFlags(hf_config=hf_config, revision=revision), tell)
+        read = o.ReadFlags(hf_config=hf_config, revision=revision, pass_through=pass_through)
+        verify_against_receipt(a, against_receipt, read, tell)
         return
     if b is None or against_receipt is not None:
         raise typer.BadParameter("name two checkpoints, or one with --against-receipt", param_hint="B")
+    if pass_through:
+        raise typer.BadParameter(
+            "goes with --against-receipt: what stands beside a language model is not computed; diff compares its bytes",
+            param_hint="--pass-through",
+        )
     import torch
 
     from ckptbridge import report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ckptbridge.converters.model import open_model
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.converters.recheck import recheck
 from ckptbridge.converters.reshard import plan_reshard
+from ckptbridge.converters.safetensors_header import read_header
 from tests.conftest import TinyFolders
 from tests.converters.fp8_models import held, write_folder
 
@@ -128,3 +130,48 @@ def test_of_what_is_quantised_it_is_no_part(tiny_folder: TinyFolders, tmp_path: 
     assert same({name: made[name] for name in BESIDE}, BESIDE)
     assert made["language_model.model.layers.0.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn
     assert open_model(tmp_path / "fp8", pass_through=PREFIXES).beside.keys() == BESIDE.keys()
+
+
+@pytest.mark.parametrize("made", [plain, wrapped])
+def test_what_comes_back_is_checked_with_its_own_receipt(made: Any, tiny_folder: TinyFolders, tmp_path: Path) -> None:
+    source, flags = made(tiny_folder("llama"), tmp_path / "source"), list[str]()
+    for prefix in PREFIXES:
+        flags += ["--pass-through", prefix]
+    execute(plan_conversion(open_model(source, pass_through=PREFIXES), tmp_path / "mcore", "torch_dist"))
+    execute(plan_conversion(open_model(tmp_path / "mcore"), tmp_path / "back", "hf"))
+    there = ["verify", str(source), "--against-receipt", str(tmp_path / "mcore" / "ckptbridge_receipt.json")]
+    assert CliRunner().invoke(app, [*there, *flags, "--json"]).exit_code == 0
+    check = ["verify", str(tmp_path / "back"), "--against-receipt", str(tmp_path / "back" / "ckptbridge_receipt.json")]
+    result = CliRunner().invoke(app, [*check, *flags, "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["checked"] == len(held(source))
+    spoil(tmp_path / "back" / "model.safetensors", "vision_tower.codes")
+    result = CliRunner().invoke(app, [*check, *flags, "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["changed"] == ["vision_tower.codes"]
+    result = CliRunner().invoke(app, ["verify", str(source), str(tmp_path / "back"), *flags])
+    assert result.exit_code == 2
+    assert "--against-receipt" in result.output
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_diff_sees_it(name: str, tiny_folder: TinyFolders, tmp_path: Path) -> None:
+    model = open_model(plain(tiny_folder("llama"), tmp_path / "source"), pass_through=PREFIXES)
+    execute(plan_conversion(model, tmp_path / "mcore", "torch_dist"))
+    found = open_model(tmp_path / "mcore")
+    assert diff(model, found).same
+    assert diff(model, found).equal == len(found.tensors) + len(BESIDE)
+    spoil(tmp_path / "mcore" / "hf" / "passed_through.safetensors", name)
+    result = diff(model, found)
+    assert [difference.name for difference in result.differences] == [name]
+    assert set(diff(model, replace(found, beside={})).only_a) == BESIDE.keys()
+
+
+def spoil(file: Path, name: str) -> None:
+    """One bit of a tensor in a safetensors file."""
+    stored = read_header(file)[name]
+    with file.open("r+b") as out:
+        out.seek(stored.offset)
+        byte = out.read(1)[0]
+        out.seek(stored.offset)
+        out.write(bytes([byte ^ 1]))

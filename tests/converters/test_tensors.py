@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ckptbridge.converters.blocks import digest_of, row_blocks
+from ckptbridge.converters.blocks import bytes_of, digest_of, row_blocks
 from ckptbridge.converters.errors import BadInputError, StorageError
-from ckptbridge.converters.reading import read_exactly
+from ckptbridge.converters.reading import read_exactly, watched
 from ckptbridge.converters.tensors import (
     Computed,
     InMemory,
@@ -194,6 +195,29 @@ def test_scalars_are_read(store: Callable[[Tensor], Stored]) -> None:
         assert lazy.nbytes == 4
         assert digest_of(lazy) == digest_of(InMemory(scalar))
     assert Zeros((), torch.float32).read().shape == ()
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (1, 64, 48), (3072,), (1, 1, 3072)], ids=str)
+def test_digests_take_no_more_memory_than_asked_for(store: Callable[[Tensor], Stored], shape: tuple[int, ...]) -> None:
+    """However the bytes are divided into rows: the chunk of one layer is a single row."""
+    eager = drawn(shape, torch.bfloat16, seed=5)
+    lazy, blocks = store(eager), list[int]()
+    expected = xxhash.xxh3_64(bytes_of(eager)).hexdigest()
+    with watched(lambda _path, _offset, block: blocks.append(len(block))):
+        assert digest_of(lazy, 1000) == expected
+    assert max(blocks) <= 1000
+    assert sum(blocks) == lazy.nbytes
+    assert digest_of(InMemory(eager), 1000) == expected
+
+
+def test_digests_of_what_is_cut_and_padded(store: Callable[[Tensor], Stored]) -> None:
+    eager = drawn((9, 5), torch.float32, seed=6)
+    lazy = store(eager)
+    cut = join_rows([lazy, Zeros((2, 5), torch.float32), lazy, lazy], [(7, 9), (0, 2), (0, 3), (3, 6)])
+    whole = torch.cat([eager[7:], torch.zeros(2, 5), eager[:6]])
+    for budget in (3, 24, 1 << 20):
+        assert digest_of(cut, budget) == xxhash.xxh3_64(bytes_of(whole)).hexdigest()
+    assert digest_of(Zeros((0, 5), torch.float32)) == digest_of(InMemory(whole[:0])) == xxhash.xxh3_64().hexdigest()
 
 
 def test_bf16_scaled_by_a_power_of_two_loses_nothing() -> None:
