@@ -21,8 +21,9 @@ from pathlib import Path
 from ckptbridge.converters.disk import disk_message
 from ckptbridge.converters.errors import StorageError
 
-ALIGNMENT = 4096
-"""What the file offset, the length and the memory of a direct write are multiples of; no common disk asks for more."""
+ALIGNMENT = max(4096, mmap.PAGESIZE)
+"""What the file offset, the length and the memory of a direct write are multiples of. No common disk asks for more than
+4096; a page of 64 KiB, as some Arm kernels have it, must not be shared by direct and cached writes."""
 BUFFER_NBYTES = 4 << 20
 """One direct write: at 1.5 GB/s it takes 3 ms, against some 0.1 ms for the call and the interrupt."""
 SMALLEST_RUN_NBYTES = 1 << 20

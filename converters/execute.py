@@ -118,7 +118,7 @@ def _finish(plan: ConversionPlan, partial: Path, journal: Journal, fingerprint: 
     if (inside := receipt_in(plan, partial)) is not None:
         inside.parent.mkdir(parents=True, exist_ok=True)
         write_file(inside, receipt.to_json().encode())
-    for folder in (*{(partial / file.name).parent for file in plan.files}, partial):
+    for folder in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
         sync_folder(folder)
     _remove_other_journals(plan, journal)
     journal.begin(FINISHED)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+
+_NAME_NBYTES = 400
+"""A host's name has at most 255."""
 
 
 class HeldElsewhere(Exception):
@@ -58,12 +60,12 @@ def _taken(path: Path) -> int | None:
                 os.close(descriptor)
                 return None
         except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            holder = os.pread(descriptor, _NAME_NBYTES, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise HeldElsewhere(holder) from None
         if _is_named(path, descriptor):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"another process ({os.getpid()} on {socket.gethostname()})\n".encode(), 0)
+            holder = f"another process ({os.getpid()} on {os.uname().nodename})"
+            os.pwrite(descriptor, holder.ljust(_NAME_NBYTES).encode(), 0)  # over the name of one that was killed
             return descriptor
         os.close(descriptor)  # the one that held it has just removed it
 
