@@ -106,6 +106,11 @@ def _in_the_way(plan: ConversionPlan) -> tuple[str, ...]:
     return ()
 
 
+def _inode(folder: Path) -> int | None:
+    """Of a folder by whose name another may be put; None if there is none."""
+    return folder.stat().st_ino if folder.exists() else None
+
+
 def carry_out(
     plan: ConversionPlan,
     run: o.RunFlags,
@@ -128,16 +133,21 @@ def carry_out(
         plan = replace(plan, notes=(*plan.notes, *_in_the_way(plan)))
         report.print_json(plan.to_json()) if tell.as_json else report.plan_table(plan, has_notes=not tell.quiet)
         return
-    architecture = plan.source.family.architecture
+    architecture, there_before = plan.source.family.architecture, _inode(plan.target)
     with report.byte_progress(f"{architecture} -> {plan.target}", hidden=tell.silent or not first) as progress:
         receipt = execute(plan, progress)
     seconds = time.perf_counter() - start
     if not first:
         return
+    was_complete = there_before is not None and there_before == _inode(plan.target)
     if tell.as_json:
         summary = {k: v for k, v in plan.to_json().items() if k not in ("routes", "tensors", "estimated_seconds")}
         summary |= {"report": dict(found())} if found is not None else {}
-        report.print_json({**summary, "seconds": round(seconds, 3)})
+        report.print_json({**summary, "was_complete": was_complete, "seconds": round(seconds, 3)})
+    elif was_complete and not tell.quiet:
+        report.out.print(
+            f"{plan.target}: was complete already, by the same command; nothing was written", soft_wrap=True
+        )
     elif not tell.quiet:
         report.out.print(
             f"{plan.target}: {len(receipt.source_tensors)} tensors of {architecture} written as {plan.to} "

@@ -53,6 +53,16 @@ def test_there_and_back_is_bit_identical(run: Run, llama: Path, tmp_path: Path) 
     assert (llama / "config.json").read_bytes() == (tmp_path / "back" / "config.json").read_bytes()
 
 
+def test_what_is_complete_is_not_told_as_written_again(run: Run, llama: Path, tmp_path: Path) -> None:
+    words = ("hf2mcore", llama, tmp_path / "mcore")
+    assert json.loads(run(*words, "--json").stdout)["was_complete"] is False
+    assert "nothing was written" in run(*words, "--resume").stdout
+    assert json.loads(run(*words, "--resume", "--json").stdout)["was_complete"] is True
+    replaced = run(*words, "--overwrite").stdout
+    assert "written as torch_dist" in replaced
+    assert "nothing was written" not in replaced
+
+
 def test_json_is_one_object_and_nothing_else(run: Run, llama: Path, tmp_path: Path) -> None:
     done = run("hf2mcore", llama, tmp_path / "mcore", "--json")
     assert json.loads(done.stdout)["family"] == "llama"

@@ -77,12 +77,14 @@ def test_a_target_that_another_process_writes_is_refused(
     target = tmp_path / "target"
     command = [sys.executable, "-c", HOLDER, str(target), str(rank)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(BadInputError, match=rf"target: another process \({holder.pid} on .*\) writes it"):
-            execute(planned(source, target, **options))
-        assert not partial_folder(target).exists()
-        holder.kill()
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(BadInputError, match=rf"target: another process \({holder.pid} on .*\) writes it"):
+                execute(planned(source, target, **options))
+            assert not partial_folder(target).exists()
+        finally:
+            holder.kill()
     execute(planned(source, target, **options))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
