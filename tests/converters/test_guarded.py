@@ -17,7 +17,7 @@ from ckptbridge.converters.claim import claimed
 from ckptbridge.converters.disk import take_name
 from ckptbridge.converters.errors import BadInputError
 from ckptbridge.converters.execute import execute, plan_fingerprint
-from ckptbridge.converters.journal import FINISHED, Journal, journal_file
+from ckptbridge.converters.journal import FINISHED, Journal, Record, journal_file
 from ckptbridge.converters.model import open_model
 from ckptbridge.converters.parallel_layout import ParallelLayout
 from ckptbridge.converters.ranks import Rank
@@ -112,6 +112,26 @@ def test_journals_of_a_run_whose_folder_was_removed_are_not_believed(source: Pat
     assert recheck(open_model(source), receipt).passed
     assert recheck(open_model(target), receipt).passed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_a_journal_of_the_same_plan_whose_folder_was_removed_is_not_believed(source: Path, tmp_path: Path) -> None:
+    """It would take files for finished that now have no more than their size."""
+    target = tmp_path / "target"
+    whole = tmp_path / "whole"
+    execute(planned(source, whole))
+    partial = begin(planned(source, target))
+    journal_file(target).rename(journal_file(target, 1))
+    shutil.rmtree(partial)
+    begin(planned(source, target), share=0.05)
+    execute(planned(source, target, resume=True))
+    assert digests(target) == digests(whole)
+
+
+def test_a_journal_of_another_plan_that_comes_meanwhile_is_not_believed(source: Path, tmp_path: Path) -> None:
+    target, wrong = tmp_path / "target", Record(sources={"model.norm.weight": "0" * 16})
+    foreign = Journal(journal_file(target, 7))
+    receipt = execute(planned(source, target), at_half(lambda: foreign.begin("another plan", wrong)))
+    assert recheck(open_model(source), receipt).passed
 
 
 def test_a_folder_that_came_meanwhile_is_kept(source: Path, tmp_path: Path) -> None:
